@@ -551,7 +551,7 @@ def parse_arguments(argv):
 
     parser = argparse.ArgumentParser(
         prog="a3c_cartpole.py", description="Learn CartPole with A3C, then film the learned policy.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34))
     parser.error = refuse
     option = parser.add_argument
     option("--env", type=cartpole, default=ENV, metavar="{CartPole-v0,CartPole-v1}",
