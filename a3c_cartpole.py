@@ -1,10 +1,11 @@
 """A3C on CartPole, complete in this one file: Keras, TensorFlow and threads, on the CPU.
 
 The program of the article 「【強化学習】実装しながら学ぶA3C【CartPoleで棒立て:1ファイルで完結】」
-(Sugulu, Qiita, 2017) for today's libraries: its classes, methods and constants in its order, to be
-read side by side; README.md lists every difference. "The paper" is Mnih et al., "Asynchronous
-Methods for Deep Reinforcement Learning", https://arxiv.org/abs/1602.01783, whose Algorithm S3 this
-is, by way of Jaromír Janisch's "Let's make an A3C", https://jaromiru.com/2017/02/16/lets-make-an-a3c-theory/.
+(Sugulu, 2017, https://qiita.com/sugulu/items/acbc909dd9b74b043e45) for today's libraries: its
+classes, methods and constants in its order, to be read side by side; README.md lists every
+difference. "The paper" is Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning",
+https://arxiv.org/abs/1602.01783, whose Algorithm S3 this is, by way of Jaromír Janisch's "Let's
+make an A3C", https://jaromiru.com/2017/02/16/lets-make-an-a3c-theory/.
 
     python a3c_cartpole.py            learn CartPole-v0, then film the learned policy
     python a3c_cartpole.py --help     what the command line can change
@@ -562,11 +563,12 @@ def parse_arguments(argv):
     option("--max-episodes", type=whole(1), default=20_000, metavar="N",
            help="episodes of all workers after which to give up")
     option("--out", type=Path, default=Path("movie", "A3C"), metavar="DIR", help="where files go")
-    option("--render", action=argparse.BooleanOptionalAction, default=has_screen(),
-           help="show the test in a window")
+    option("--render", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+           help="show the test in a window (default: where there is a screen)")
     option("--play", type=Path, metavar="WEIGHTS", help="do not learn, test the weights in this file")
     option("--log", action="store_true", help="a line for each episode, in place of a live table")
     args = parser.parse_args(argv)
+    args.render = getattr(args, "render", has_screen())
     for package in "moviepy", "matplotlib", "pygame":
         if importlib.util.find_spec(package) is None:
             refuse(f"package {package} is missing: {INSTALL}")
@@ -629,10 +631,13 @@ def save_weights(server, out):
 def load_weights(server, path):
     """Take the weights from a file of an earlier run, learned by that, or exit with status 2."""
     try:
-        server.model.load_weights(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")      # Keras only warns of layers that it leaves as they are
+            server.model.load_weights(path)
     except Exception as error:
-        refuse(f"argument --play: {str(path)!r} holds no weights of this network"
-               f" ({type(error).__name__}); name the A3C.weights.h5 of an earlier run")
+        cause = type(error).__name__ if path.is_file() else "no such file"
+        refuse(f"argument --play: {str(path)!r} holds no weights of this network ({cause}); name the"
+               " A3C.weights.h5 of an earlier run")
     server.is_learned.set()
 
 
@@ -683,8 +688,16 @@ class Watch:
 
 def film(env, args, attempt):
     """Wrap the test's environment: every episode is filmed and, with a screen, shown."""
+    def open_screen():
+        import pygame
+        pygame.display.init()
+        return True
+
+    shown = args.render and attempt("window", open_screen)
+    if not shown:
+        os.environ["SDL_VIDEODRIVER"] = "dummy"     # CartPole draws for a film with no screen, too
     env = attempt("video", Film, env, args.out, attempt) or env
-    return Window(env, attempt) if args.render else env
+    return Window(env, attempt) if shown else env
 
 
 class Film(gym.wrappers.RecordVideo):

@@ -56,7 +56,7 @@ def test_each_line_has_the_mean_of_the_last_10_and_the_last_meets_the_stop_rule(
 
 
 def test_nothing_but_faults_is_said_on_stderr(learned):
-    assert [line for line in learned[0].stderr.splitlines() if "XDG_RUNTIME_DIR" not in line] == []
+    assert learned[0].stderr == ""
 
 
 def test_test_episodes_are_printed_and_filmed_one_frame_a_step(learned):
@@ -98,8 +98,7 @@ def test_earlier_films_are_replaced_without_a_word(learned):
     film = folder / "movie" / "A3C" / "A3C-episode-0.mp4"
     film.write_text("an earlier film")
     again = run_program("--play", "movie/A3C/A3C.weights.h5", "--test-episodes", 1, cwd=folder)
-    assert again.returncode == 0
-    assert [line for line in again.stderr.splitlines() if "XDG_RUNTIME_DIR" not in line] == []
+    assert (again.returncode, again.stderr) == (0, "")
     with VideoFileClip(str(film)) as clip:
         assert clip.n_frames > 100
 
@@ -140,6 +139,6 @@ def test_help_gives_every_option_one_line_with_its_default():
     assert done.returncode == 0
     for option, default in (("--env", "CartPole-v0"), ("--workers", "8"), ("--seed", "None"),
                             ("--test-episodes", "10"), ("--max-episodes", "20000"),
-                            ("--out", "movie/A3C"), ("--render", "False)")):
-        line, = [line for line in done.stdout.splitlines() if line.startswith(f"  {option}")]
-        assert f"(default: {default}" in line.replace("\\", "/")
+                            ("--out", "movie/A3C"), ("--render", "where there is a screen)")):
+        entry = done.stdout.split(f"\n  {option}", 1)[1].split("\n  -")[0].replace("\\", "/")
+        assert f"(default: {default}" in entry and len(entry.split(" (default")[0].splitlines()) <= 2
