@@ -18,6 +18,7 @@ import contextlib
 import csv
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import random
@@ -119,7 +120,9 @@ class ParameterServer:
         for mean_square in self.optimizer.variables[2:]:    # after the step count and the rate;
             mean_square.assign(tf.ones_like(mean_square))   # TensorFlow 1 began at 1, Keras at 0
         self._check_model()
-        self.shapes = [tuple(w.shape) for w in self._model.trainable_variables]
+        shapes = [tuple(w.shape) for w in self._model.trainable_variables]
+        ends = list(itertools.accumulate(map(math.prod, shapes)))
+        self.slices = list(zip([0] + ends, ends, shapes))       # where each weight lies in (W,)
         self.newest = 0, self.pack(self._model.get_weights())   # updates made, weights (W,)
         self.model_is_out = False
 
@@ -157,9 +160,8 @@ class ParameterServer:
 
     def unpack(self, vector):
         """Cut a vector (W,) of NumPy or TensorFlow into kernels and biases, the model's order."""
-        reshape = np.reshape if isinstance(vector, np.ndarray) else tf.reshape
-        ends = np.cumsum([0] + [math.prod(shape) for shape in self.shapes]).tolist()
-        return [reshape(vector[a:b], shape) for a, b, shape in zip(ends, ends[1:], self.shapes)]
+        reshape = np.ndarray.reshape if isinstance(vector, np.ndarray) else tf.reshape
+        return [reshape(vector[start:end], shape) for start, end, shape in self.slices]
 
     def apply_update(self, batch, weights):
         """Let one gradient step reach the shared weights, or refuse it once a worker has learned.
@@ -174,8 +176,8 @@ class ParameterServer:
             self.updates_under_way += 1
         try:
             weights, loss, updates = [t.numpy() for t in self.update_graph(batch, weights)]
-            if not math.isfinite(loss + weights.sum()):
-                raise FloatingPointError(f"loss {loss} or a weight is not finite, step {self.frames}")
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"loss or a weight is not finite at step {self.frames}")
         finally:
             with self.idle:
                 self.updates_under_way -= 1
@@ -281,6 +283,7 @@ class LocalBrain:
             loss, grads = self.gradients(batch, server.unpack(weights))
             server.optimizer.apply_gradients(zip(grads, shared))
             flat = tf.concat([tf.reshape(w.value, [-1]) for w in shared], axis=0)
+            loss += 0 * tf.reduce_sum(flat)     # NaN if any weight is not finite
             return flat, loss, tf.identity(server.optimizer.iterations.value)
 
         batch = np.ones((BATCH_ROWS, 2 * NUM_STATES + NUM_ACTIONS + 3), np.float32)
@@ -294,13 +297,13 @@ class LocalBrain:
         for variable, value in zip(shared + state, before):
             variable.assign(value)
         exclusive = contextlib.nullcontext() if xla else threading.Lock()
-        call = usual.inference_fn.call_flat     # saves 50 µs of Python in each call
+        call, captured = usual.inference_fn.call_flat, usual.captured_inputs    # 60 µs less a call
 
         def run(batch, weights):
             with exclusive:
                 if len(batch) != BATCH_ROWS:
                     return graph(batch, weights)
-                return call(tf.constant(batch), tf.constant(weights), *usual.captured_inputs)
+                return call(tf.constant(batch), tf.constant(weights), *captured)
         return run
 
     def pull_parameter_server(self):
@@ -332,13 +335,13 @@ class LocalBrain:
             return
         self.train_queue = [[], [], [], [], []]
         batch = np.zeros((max(BATCH_ROWS, len(s)), 2 * NUM_STATES + NUM_ACTIONS + 3), np.float32)
-        rows, ends = batch[:len(s)], np.cumsum([NUM_STATES, NUM_ACTIONS, 1, NUM_STATES, 1]).tolist()
-        rows[:, :ends[0]] = s
-        rows[:, ends[0]:ends[1]] = a
-        rows[:, ends[1]] = r
-        rows[:, ends[2]:ends[3]] = s_
-        rows[:, ends[3]] = s_mask
-        rows[:, ends[4]] = 1
+        rows, R = batch[:len(s)], NUM_STATES + NUM_ACTIONS      # R: the column after s and a
+        rows[:, :NUM_STATES] = s
+        rows[:, NUM_STATES:R] = a
+        rows[:, R] = r
+        rows[:, R + 1:-2] = s_
+        rows[:, -2] = s_mask
+        rows[:, -1] = 1
         self.parameter_server.apply_update(batch, self._local_weights())
 
     def predict_p(self, s):
@@ -349,10 +352,10 @@ class LocalBrain:
         self._local_weights()
         *hidden, kernel, bias, _, _ = self._layers
         for w, b in zip(hidden[::2], hidden[1::2]):
-            s = np.maximum(s @ w + b, 0)
-        p = s @ kernel + bias
-        p = np.exp(p - np.maximum.reduce(p, axis=1, keepdims=True))     # softmax, safe from overflow
-        return p / np.add.reduce(p, axis=1, keepdims=True)
+            s = np.maximum(s @ w + b, 0)                # .dot would let go of the interpreter
+        p = (s @ kernel + bias).T       # (2, B)        # lock: 11 500 in place of 18 000 steps/s
+        p = np.exp(p - np.maximum.reduce(p))            # safe from overflow
+        return (p / np.add.reduce(p)).T
 
     def train_push(self, s, a, r, s_):
         """Queue a sample: s (4,), a one-hot (2,), n-step R, s' (4,) n steps on, or None at the end."""
