@@ -38,7 +38,7 @@ INSTALL = "on Python 3.10 to 3.13 this installs it: python -m pip install -r req
 matplotlib_was_here = sys.modules.setdefault("matplotlib", None)
 try:
     import gymnasium as gym
-    import keras        # would import matplotlib for plots of its own: 0.45 s of every start
+    import keras  # would import matplotlib for plots of its own: 0.45 s of every start
     import numpy as np
     import tensorflow as tf
 except ImportError as missing:
@@ -85,6 +85,7 @@ EPS_START = .5          # share of random actions at the first step,
 EPS_END = 0.            # and from EPS_STEPS on; linear in between
 EPS_STEPS = 200 * N_WORKERS     # steps of all threads together
 
+HISTORY = "history.csv"
 Episode = collections.namedtuple("Episode", "thread episode steps mean_of_last_10 total_steps seconds")
 
 
@@ -523,6 +524,9 @@ def main(argv=None):
     else:
         say(learn(server, workers, Watch(server, workers, args, attempt)))
         attempt("weights", save_weights, server, args.out)
+        if not server.interrupted:
+            attempt("learning_curve.png", draw_learning_curve, server, args.out)
+            attempt("A3C.png", draw_network, server, args)
 
     # M3. The test runs on the main thread: macOS opens windows nowhere else
     if server.is_learned.is_set() and not server.interrupted:
@@ -670,23 +674,98 @@ def learn(server, workers, watch):
 
 
 class Watch:
-    """Prints a line for each episode that ends."""
+    """Empties the server's history into history.csv and a live table, or a line for each episode."""
 
     def __init__(self, server, workers, args, attempt):
-        self.server = server
+        self.server, self.workers, self.attempt, self.path = server, workers, attempt, args.out / HISTORY
+        self.live, self.last, self.shown = None, {}, 0.
+        self.as_lines = args.log or not sys.stdout.isatty()
 
     def __enter__(self):
+        self.file = self.attempt(HISTORY, lambda: open(self.path, "w", newline="")) or open(os.devnull, "w")
+        self._write(Episode._fields)
+        if not self.as_lines:
+            from rich.live import Live
+            self.live = Live(self.table(), auto_refresh=False)
+            self.live.start()
         return self
 
     def __exit__(self, *_):
-        pass
+        if self.live:
+            self.live.stop()
+        self.attempt(HISTORY, self.file.close)
+
+    def _write(self, row):
+        if self.attempt(HISTORY, csv.writer(self.file).writerow, row) is None:
+            self.file = open(os.devnull, "w")       # said once, and the run goes on
 
     def look(self, last=False):
-        """Show what came since the last look."""
+        """Show and keep what came since the last look; the table at most 3 times a second."""
         while self.server.history:
             e = self.server.history.popleft()
-            say(f"{e.thread}  episode {e.episode}  steps {e.steps}"
-                f"  mean of last 10 {e.mean_of_last_10:.1f}")
+            self.last[e.thread] = e
+            self._write(e._replace(seconds=f"{e.seconds:.3f}"))
+            if self.as_lines:
+                say(f"{e.thread}  episode {e.episode}  steps {e.steps}"
+                    f"  mean of last 10 {e.mean_of_last_10:.1f}")
+        if self.live and (last or time.perf_counter() > self.shown + .33):
+            self.shown = time.perf_counter()
+            self.live.update(self.table(), refresh=True)
+
+    def table(self):
+        """Return the live table, as a rich renderable that fits into 80 columns."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        server, environment = self.server, self.workers[0].environment
+        seconds = time.perf_counter() - server.started
+        table = Table(box=None, caption_justify="left", caption=(
+            f"{server.frames} steps  {server.episodes} episodes  {server.frames / seconds:.0f} steps/s"
+            f"  {seconds:.1f} s  ε {environment.agent.epsilon():.2f}"))
+        for heading in "worker", "episodes", "last steps", "mean of last 10":
+            table.add_column(heading, justify="right")
+        table.add_column(f"0 to {environment.limit}")
+        rows = [self.last.get(w.name, Episode(w.name, 0, 0, 0., 0, 0.)) for w in self.workers]
+        if len(rows) > 16:      # what fits on 24 lines
+            rows = sorted(rows, key=lambda e: -e.mean_of_last_10)[:16]
+        for e in rows:
+            won = server.winner == e.thread
+            table.add_row(("★ " if won else "") + e.thread, str(e.episode), str(e.steps),
+                          f"{e.mean_of_last_10:.1f}", ProgressBar(environment.limit, e.mean_of_last_10, 20),
+                          style="bold green" if won else None)
+        return table
+
+
+def draw_learning_curve(server, out):
+    """Draw history.csv: each worker's mean of its last 10 episodes over the steps of all."""
+    from matplotlib.figure import Figure  # without pyplot it opens no window
+    curves = collections.defaultdict(lambda: ([], []))
+    with open(out / HISTORY, newline="") as file:
+        for row in csv.DictReader(file):
+            for curve, name in zip(curves[row["thread"]], ("total_steps", "mean_of_last_10")):
+                curve.append(float(row[name]))
+    axes = (figure := Figure(figsize=(8, 5), dpi=100, layout="constrained")).add_subplot()
+    axes.axvspan(0, EPS_STEPS * server.workers / N_WORKERS, color="gold", alpha=.3,
+                 label=f"ε falls from {EPS_START} to {EPS_END:g}")
+    limit = gym.spec(server.env).max_episode_steps - 1
+    axes.axhline(limit, color="black", linestyle="--", label=f"learned above {limit}")
+    for thread, curve in curves.items():
+        won = thread == server.winner
+        axes.plot(*curve, linewidth=2.5 if won else .8, alpha=1 if won else .6, zorder=3 if won else 2,
+                  label=f"{thread}, the first to learn" if won else None)
+    axes.set(title=f"A3C on {server.env}, {server.workers} workers", xlabel="steps of all workers",
+             ylabel="steps an episode, mean of a worker's last 10", ylim=(0, None), xlim=(0, None))
+    axes.legend(loc="lower right")
+    figure.savefig(out / "learning_curve.png")
+
+
+def draw_network(server, args):
+    """Draw the network, where pydot and Graphviz are; elsewhere say so."""
+    try:
+        keras.utils.plot_model(server.model, args.out / "A3C.png", show_shapes=True)
+    except ImportError:
+        say("no A3C.png, the picture of the network: it takes pydot and Graphviz")
+        if args.log:
+            server.model.summary(print_fn=say, line_length=80)
 
 
 def film(env, args, attempt):

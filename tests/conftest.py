@@ -1,4 +1,5 @@
 """What the tests share: the program as a module, small servers, and the program as a process."""
+
 import os
 import subprocess
 import sys
@@ -44,13 +45,13 @@ class FakeEnv:
         if self.step_count == self.fail_at:
             raise RuntimeError("the pole broke")
         state = np.full(4, self.step_count / 100, np.float32)
-        return state, 1., self.step_count >= self.length, False, {}
+        return state, 1.0, self.step_count >= self.length, False, {}
 
     def close(self):
         pass
 
 
-def fill_queue(brain, rng, samples, terminal_share=.3):
+def fill_queue(brain, rng, samples, terminal_share=0.3):
     """Queue random samples; return them as arrays s, a, r, s_, mask."""
     s = rng.normal(size=(samples, 4)).astype(np.float32)
     a = np.eye(2, dtype=np.float32)[rng.integers(0, 2, samples)]
@@ -67,7 +68,7 @@ def make_batch(s, a, r, s_, mask):
     return np.hstack([s, a, r[:, None], s_, mask[:, None], np.ones((len(s), 1))]).astype(np.float32)
 
 
-def random_weights(rng, model, scale=1.):
+def random_weights(rng, model, scale=1.0):
     return [rng.normal(size=w.shape, scale=scale).astype(np.float32) for w in model.get_weights()]
 
 
@@ -89,6 +90,12 @@ def program_environment(**extra):
 
 def run_program(*arguments, cwd, timeout=120, **environment):
     """Run the program to its end, as a user would, and return what it printed and its status."""
-    return subprocess.run([sys.executable, str(PROGRAM), *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL,
-                          env=program_environment(**environment))
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env=program_environment(**environment),
+    )

@@ -1,11 +1,13 @@
 """How an agent acts, how an episode is played and rewarded, and who may call it learned."""
+
 import threading
 
-import a3c_cartpole as a3c
 import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import FakeEnv, fill_queue
+
+import a3c_cartpole as a3c
 
 
 @pytest.fixture
@@ -13,7 +15,9 @@ def agent(server):
     return a3c.Agent("agent", server)
 
 
-@pytest.mark.parametrize("frames, epsilon", [(0, .5), (400, .375), (800, .25), (1600, 0), (1601, 0), (10**7, 0)])
+@pytest.mark.parametrize(
+    "frames, epsilon", [(0, 0.5), (400, 0.375), (800, 0.25), (1600, 0), (1601, 0), (10**7, 0)]
+)
 def test_epsilon_falls_from_a_half_to_0_over_eps_steps(server, agent, frames, epsilon):
     assert a3c.EPS_STEPS == 1600
     server.frames = frames
@@ -23,18 +27,18 @@ def test_epsilon_falls_from_a_half_to_0_over_eps_steps(server, agent, frames, ep
 def test_epsilon_falls_in_200_steps_a_worker():
     server = a3c.ParameterServer(workers=2)
     server.frames = 200
-    assert a3c.Agent("agent", server).epsilon() == pytest.approx(.25)
+    assert a3c.Agent("agent", server).epsilon() == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("frames, share", [(0, .5 * .5), (800, .25 * .5), (1600, 0.)])
+@pytest.mark.parametrize("frames, share", [(0, 0.5 * 0.5), (800, 0.25 * 0.5), (1600, 0.0)])
 def test_share_of_random_actions_is_epsilon(server, agent, frames, share):
-    agent.brain.predict_p = lambda s: np.array([[1., 0.]])
+    agent.brain.predict_p = lambda s: np.array([[1.0, 0.0]])
     server.frames = frames
     ones = sum(agent.act(np.zeros(4, np.float32)) for _ in range(20_000))
-    assert ones / 20_000 == pytest.approx(share, abs=.0125)     # four standard deviations
+    assert ones / 20_000 == pytest.approx(share, abs=0.0125)  # four standard deviations
 
 
-@pytest.mark.parametrize("p", [.1, .5, .83])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.83])
 def test_frequency_of_the_sampled_action_follows_p(server, agent, p):
     server.frames = a3c.EPS_STEPS
     agent.brain.predict_p = lambda s: np.array([[1 - p, p]])
@@ -44,16 +48,19 @@ def test_frequency_of_the_sampled_action_follows_p(server, agent, p):
 
 
 def test_greedy_action_is_the_most_probable_whatever_epsilon(server, agent):
-    agent.brain.predict_p = lambda s: np.array([[.4, .6]])
+    agent.brain.predict_p = lambda s: np.array([[0.4, 0.6]])
     assert {agent.act(np.zeros(4, np.float32), greedy=True) for _ in range(100)} == {1}
 
 
 def test_agents_draw_from_their_own_streams_fixed_by_seed_and_name():
     def draws(seed, name):
         return [a3c.Agent(name, a3c.ParameterServer(seed=seed)).random.random() for _ in range(2)]
+
     same, again = draws(3, "local_thread1")
     assert same == again
-    assert same not in draws(3, "local_thread2") + draws(4, "local_thread1") + draws(None, "local_thread1")
+    assert same not in draws(3, "local_thread2") + draws(4, "local_thread1") + draws(
+        None, "local_thread1"
+    )
 
 
 def played(server, length, episodes=1, name="local_thread1"):
@@ -73,7 +80,9 @@ def test_reward_is_0_then_minus_1_for_a_fall_and_plus_1_from_limit_minus_1(env, 
         environment = a3c.Environment("local_thread1", "learning", server)
         assert environment.limit == limit
         environment.env, rewards = FakeEnv(length), []
-        environment.agent.advantage_push_local_brain = lambda s, a, r, s_: rewards.append((r, s_ is None))
+        environment.agent.advantage_push_local_brain = lambda s, a, r, s_: rewards.append(
+            (r, s_ is None)
+        )
         environment.run()
         assert rewards == [(0, False)] * (length - 1) + [(-1 if length < limit - 1 else 1, True)]
 
@@ -84,7 +93,9 @@ def test_worker_updates_and_pulls_every_t_max_steps_and_at_the_end(server):
     brain.update_parameter_server = lambda: calls.append(("update", environment.env.step_count))
     brain.pull_parameter_server = lambda: calls.append(("pull", environment.env.step_count))
     environment.run()
-    assert calls == [("pull", 0)] + [(what, step) for step in (10, 20, 27) for what in ("update", "pull")]
+    assert calls == [("pull", 0)] + [
+        (what, step) for step in (10, 20, 27) for what in ("update", "pull")
+    ]
 
 
 def test_batch_of_an_update_never_exceeds_the_rows_compiled_for(server):
@@ -95,6 +106,7 @@ def test_batch_of_an_update_never_exceeds_the_rows_compiled_for(server):
         sizes.append(len(brain.train_queue[0]))
         if sizes[-1] >= a3c.MIN_BATCH:
             brain.train_queue = [[], [], [], [], []]
+
     brain.update_parameter_server = update
     for length in range(1, 60):
         environment.env = FakeEnv(length)
@@ -104,10 +116,15 @@ def test_batch_of_an_update_never_exceeds_the_rows_compiled_for(server):
 
 def test_episodes_and_steps_are_counted_and_recorded(server):
     environment = played(server, 30, episodes=12)
-    assert server.frames == 360 and server.episodes == 12 and environment.count_trial_each_thread == 12
+    assert (
+        server.frames == 360 and server.episodes == 12 and environment.count_trial_each_thread == 12
+    )
     assert [(e.thread, e.episode, e.steps, e.total_steps) for e in server.history] == [
-        ("local_thread1", i, 30, 30 * i) for i in range(1, 13)]
-    assert [round(e.mean_of_last_10, 6) for e in server.history] == [3. * min(i, 10) for i in range(1, 13)]
+        ("local_thread1", i, 30, 30 * i) for i in range(1, 13)
+    ]
+    assert [round(e.mean_of_last_10, 6) for e in server.history] == [
+        3.0 * min(i, 10) for i in range(1, 13)
+    ]
 
 
 def test_mean_of_199_is_not_enough_and_above_it_is(server):
@@ -128,15 +145,19 @@ def test_stop_rule_of_cartpole_v1_is_its_own_limit():
 
 
 def test_winner_pushes_its_weights_and_the_second_winner_is_ignored(server):
-    first, second = played(server, 200, episodes=9), played(server, 200, episodes=9, name="local_thread2")
-    for environment, value in (first, 1.), (second, 2.):
+    first, second = (
+        played(server, 200, episodes=9),
+        played(server, 200, episodes=9, name="local_thread2"),
+    )
+    for environment, value in (first, 1.0), (second, 2.0):
         environment.agent.brain.pull_parameter_server = lambda: None
         environment.agent.brain.model.set_weights(
-            [np.full(w.shape, value, np.float32) for w in server.model.get_weights()])
+            [np.full(w.shape, value, np.float32) for w in server.model.get_weights()]
+        )
     first.run()
     assert all((w == 1).all() for w in server.model.get_weights())
     assert second.run() is None
-    assert not server.finish_episode("local_thread2", 10, 200, 200.)
+    assert not server.finish_episode("local_thread2", 10, 200, 200.0)
     assert all((w == 1).all() for w in server.model.get_weights())
     assert server.winner == "local_thread1" and server.episodes == 19
 
@@ -146,8 +167,9 @@ def test_of_many_simultaneous_winners_exactly_one_wins(server):
 
     def claim(name):
         barrier.wait()
-        if server.finish_episode(name, 10, 200, 200.):
+        if server.finish_episode(name, 10, 200, 200.0):
             won.append(name)
+
     threads = [threading.Thread(target=claim, args=(f"local_thread{i}",)) for i in range(16)]
     for thread in threads:
         thread.start()
@@ -175,6 +197,7 @@ def test_push_waits_for_an_update_under_way_which_so_cannot_overwrite_it(server,
         began.set()
         assert finish.wait(20)
         return real(batch, weights)
+
     server.update_graph = slow
     fill_queue(brain, rng, 10)
     update = threading.Thread(target=brain.update_parameter_server)
@@ -185,7 +208,7 @@ def test_push_waits_for_an_update_under_way_which_so_cannot_overwrite_it(server,
     server.is_learned.set()
     push = threading.Thread(target=winner.push_parameter_server)
     push.start()
-    push.join(.2)
+    push.join(0.2)
     assert push.is_alive()
     finish.set()
     push.join(20)
@@ -205,6 +228,7 @@ def test_learning_is_given_up_after_exactly_max_episodes():
 def test_eight_threads_count_every_step_and_episode(server):
     def play(i):
         played(server, 10, episodes=50, name=f"local_thread{i}")
+
     threads = [threading.Thread(target=play, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
@@ -220,7 +244,7 @@ def test_test_worker_waits_for_the_win_then_plays_its_episodes_with_unchanged_we
     worker, played_steps = a3c.WorkerThread("test_thread", "test", server), []
     thread = threading.Thread(target=lambda: played_steps.extend(worker.run()))
     thread.start()
-    thread.join(.3)
+    thread.join(0.3)
     assert thread.is_alive() and not played_steps
     server.is_learned.set()
     thread.join(20)

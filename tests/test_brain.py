@@ -1,20 +1,22 @@
 """The mathematics of LocalBrain and ParameterServer: loss, gradients, RMSProp, the copies."""
+
 import threading
 
-import a3c_cartpole as a3c
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import fill_queue, forward, make_batch, random_weights
 
+import a3c_cartpole as a3c
+
 
 def mean_loss(weights, s, a, target, advantage):
     """The article's loss in float64; `advantage` is what weighs the policy term."""
     p, v = forward(weights, s)
     policy = -np.log((p * a).sum(axis=1) + 1e-10) * advantage
-    value = .5 * (target - v) ** 2
-    entropy = .01 * (p * np.log(p + 1e-10)).sum(axis=1)
+    value = 0.5 * (target - v) ** 2
+    entropy = 0.01 * (p * np.log(p + 1e-10)).sum(axis=1)
     return (policy + value + entropy).mean()
 
 
@@ -40,28 +42,32 @@ def flat(arrays):
 @pytest.fixture
 def case(brain, rng):
     """Random weights and 12 samples, with the gradients the brain computes for them."""
-    weights = random_weights(rng, brain.model, scale=.5)
+    weights = random_weights(rng, brain.model, scale=0.5)
     samples = fill_queue(brain, rng, 12)
-    loss, gradients = brain.gradients(tf.constant(make_batch(*samples)), [tf.constant(w) for w in weights])
+    loss, gradients = brain.gradients(
+        tf.constant(make_batch(*samples)), [tf.constant(w) for w in weights]
+    )
     return weights, samples, float(loss), flat(g.numpy() for g in gradients)
 
 
 def target_of(weights, r, s_, mask):
-    return r + .99 ** 5 * forward(weights, s_)[1] * mask
+    return r + 0.99**5 * forward(weights, s_)[1] * mask
 
 
 def test_loss_of_one_sample_computed_by_hand():
-    p, v = tf.constant([[.25, .75]]), tf.constant([[.5]])
-    loss = a3c.LocalBrain.loss_total(p, v, tf.constant([[0., 1.]]), tf.constant([[2.]]))
+    p, v = tf.constant([[0.25, 0.75]]), tf.constant([[0.5]])
+    loss = a3c.LocalBrain.loss_total(p, v, tf.constant([[0.0, 1.0]]), tf.constant([[2.0]]))
     # -log .75 · 1.5  +  .5 · 1.5²  +  .01 · (.25 log .25 + .75 log .75)
     assert loss.shape == (1, 1)
-    assert float(loss[0, 0]) == pytest.approx(.4315231087 + 1.125 - .0056233514, abs=1e-6)
+    assert float(loss[0, 0]) == pytest.approx(0.4315231087 + 1.125 - 0.0056233514, abs=1e-6)
 
 
 def test_loss_of_a_batch_equals_numpy(case):
     weights, (s, a, r, s_, mask), loss, _ = case
     target = target_of(weights, r, s_, mask)
-    assert loss == pytest.approx(mean_loss(weights, s, a, target, target - forward(weights, s)[1]), rel=1e-5)
+    assert loss == pytest.approx(
+        mean_loss(weights, s, a, target, target - forward(weights, s)[1]), rel=1e-5
+    )
 
 
 def test_target_bootstraps_from_v_only_where_the_episode_went_on(brain, rng):
@@ -70,7 +76,7 @@ def test_target_bootstraps_from_v_only_where_the_episode_went_on(brain, rng):
     for mask in np.eye(6)[2], np.zeros(6), np.ones(6):
         loss, _ = brain.gradients(tf.constant(make_batch(s, a, r, s_, mask)), weights)
         v_next = forward(weights, s_)[1]
-        target = np.array([r[i] + (.99 ** 5 * v_next[i] if mask[i] else 0) for i in range(6)])
+        target = np.array([r[i] + (0.99**5 * v_next[i] if mask[i] else 0) for i in range(6)])
         expected = mean_loss(weights, s, a, target, target - forward(weights, s)[1])
         assert float(loss) == pytest.approx(expected, rel=1e-5)
 
@@ -86,17 +92,21 @@ def test_gradients_equal_finite_differences_with_advantage_and_next_value_held(c
 def test_gradients_are_not_those_of_an_advantage_that_moves(case):
     weights, (s, a, r, s_, mask), _, gradients = case
     target = target_of(weights, r, s_, mask)
-    moving = flat(finite_differences(
-        lambda w: mean_loss(w, s, a, target, target - forward(w, s)[1]), weights))
-    assert np.abs(gradients - moving).max() > .01
+    moving = flat(
+        finite_differences(lambda w: mean_loss(w, s, a, target, target - forward(w, s)[1]), weights)
+    )
+    assert np.abs(gradients - moving).max() > 0.01
 
 
 def test_gradients_are_not_those_of_a_next_value_that_moves(case):
     weights, (s, a, r, s_, mask), _, gradients = case
     advantage = target_of(weights, r, s_, mask) - forward(weights, s)[1]
-    moving = flat(finite_differences(
-        lambda w: mean_loss(w, s, a, target_of(w, r, s_, mask), advantage), weights))
-    assert np.abs(gradients - moving).max() > .01
+    moving = flat(
+        finite_differences(
+            lambda w: mean_loss(w, s, a, target_of(w, r, s_, mask), advantage), weights
+        )
+    )
+    assert np.abs(gradients - moving).max() > 0.01
 
 
 def test_rows_that_fill_a_batch_up_change_nothing(brain, rng):
@@ -112,7 +122,7 @@ def test_rows_that_fill_a_batch_up_change_nothing(brain, rng):
 @pytest.mark.parametrize("samples", [5, 11, 18, 40])
 def test_one_hundred_updates_equal_tensorflow_1s_rmsprop(server, brain, rng, samples):
     twin = [tf.Variable(w) for w in server.model.get_weights()]
-    optimizer = tf.compat.v1.train.RMSPropOptimizer(5e-3, .99)
+    optimizer = tf.compat.v1.train.RMSPropOptimizer(5e-3, 0.99)
     for _ in range(100):
         batch = make_batch(*fill_queue(brain, rng, samples))
         weights = [tf.constant(w) for w in brain.model.get_weights()]
@@ -120,8 +130,11 @@ def test_one_hundred_updates_equal_tensorflow_1s_rmsprop(server, brain, rng, sam
         optimizer.apply_gradients(zip(gradients, twin))
         brain.update_parameter_server()
         brain.pull_parameter_server()
-    start, end = flat(a3c.ParameterServer(seed=7).model.get_weights()), flat(server.model.get_weights())
-    assert np.abs(end - start).max() > .02
+    start, end = (
+        flat(a3c.ParameterServer(seed=7).model.get_weights()),
+        flat(server.model.get_weights()),
+    )
+    assert np.abs(end - start).max() > 0.02
     np.testing.assert_allclose(end, flat(w.numpy() for w in twin), rtol=0, atol=1e-6)
     assert int(server.optimizer.iterations) == 100
 
@@ -130,7 +143,7 @@ def test_rmsprop_starts_as_tensorflow_1_did(server, brain):
     step, rate, *mean_squares = [variable.numpy() for variable in server.optimizer.variables]
     assert (step, rate) == (0, pytest.approx(5e-3))
     assert len(mean_squares) == 6 and all((m == 1).all() for m in mean_squares)
-    assert server.optimizer.epsilon == 1e-10 and server.optimizer.rho == .99
+    assert server.optimizer.epsilon == 1e-10 and server.optimizer.rho == 0.99
 
 
 def test_building_the_graph_leaves_the_server_as_it_was():
@@ -144,7 +157,7 @@ def test_building_the_graph_leaves_the_server_as_it_was():
 def test_pull_copies_every_weight(server, brain, rng):
     weights = random_weights(rng, server.model)
     server.model.set_weights(weights)
-    assert np.abs(flat(brain.model.get_weights()) - flat(weights)).max() > .1
+    assert np.abs(flat(brain.model.get_weights()) - flat(weights)).max() > 0.1
     brain.pull_parameter_server()
     for mine, theirs in zip(brain.model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -191,7 +204,7 @@ def test_gradient_is_taken_at_the_local_weights_and_applied_to_the_servers(serve
     _, gradients = brain.gradients(tf.constant(batch), [tf.constant(w) for w in local])
     g = flat(gradients)
     brain.update_parameter_server()
-    expected = flat(shared) - 5e-3 * g / np.sqrt(.99 + .01 * g ** 2 + 1e-10)
+    expected = flat(shared) - 5e-3 * g / np.sqrt(0.99 + 0.01 * g**2 + 1e-10)
     np.testing.assert_allclose(flat(server.model.get_weights()), expected, rtol=0, atol=1e-6)
 
 
@@ -211,7 +224,7 @@ def test_below_min_batch_nothing_changes_and_nothing_is_lost(server, brain, rng)
 
 
 def test_predict_p_equals_keras_for_random_weights_and_its_rows_sum_to_1(server, brain, rng):
-    for scale in .1, 1., 5.:
+    for scale in 0.1, 1.0, 5.0:
         brain.model.set_weights(random_weights(rng, server.model, scale))
         s = rng.normal(size=(64, 4), scale=2).astype(np.float32)
         p = brain.predict_p(s)
@@ -222,11 +235,12 @@ def test_predict_p_equals_keras_for_random_weights_and_its_rows_sum_to_1(server,
 
 def test_predict_p_survives_logits_that_overflow_exp(server, brain):
     brain.model.set_weights([np.full(w.shape, 100, np.float32) for w in server.model.get_weights()])
-    np.testing.assert_allclose(brain.predict_p(np.ones((2, 4), np.float32)), .5)
+    np.testing.assert_allclose(brain.predict_p(np.ones((2, 4), np.float32)), 0.5)
 
 
 def network(*hidden, heads=("softmax", "linear"), separate=False):
     """A class of server whose network has these hidden activations."""
+
     class Server(a3c.ParameterServer):
         def _build_model(self):
             state = last = keras.Input((4,))
@@ -235,6 +249,7 @@ def network(*hidden, heads=("softmax", "linear"), separate=False):
             value_source = keras.layers.Dense(8, "relu")(state) if separate else last
             policy = keras.layers.Dense(2, heads[0])(last)
             return keras.Model(state, [policy, keras.layers.Dense(1, heads[1])(value_source)])
+
     return Server
 
 
@@ -249,9 +264,15 @@ def test_predict_p_equals_keras_for_any_number_of_hidden_relu_layers(rng, hidden
     np.testing.assert_allclose(brain.predict_p(s), server.model(s)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("server_class", [
-    network("tanh"), network("relu", "elu"), network("relu", heads=("sigmoid", "linear")),
-    network("relu", separate=True)])
+@pytest.mark.parametrize(
+    "server_class",
+    [
+        network("tanh"),
+        network("relu", "elu"),
+        network("relu", heads=("sigmoid", "linear")),
+        network("relu", separate=True),
+    ],
+)
 def test_network_that_numpy_could_not_repeat_is_refused(server_class):
     with pytest.raises(ValueError, match="predict_p knows only a chain of Dense relu"):
         server_class()
@@ -269,6 +290,7 @@ def push_in_threads(server, threads, pushes, batch):
     def work(weights):
         for _ in range(pushes):
             server.apply_update(batch, weights)
+
     weights = server.newest[1]
     workers = [threading.Thread(target=work, args=(weights,)) for _ in range(threads)]
     for worker in workers:
@@ -284,8 +306,10 @@ def test_8_threads_of_1500_updates_lose_none(rng):
         brain = a3c.LocalBrain("brain", server)
         samples = fill_queue(brain, np.random.default_rng(1), a3c.BATCH_ROWS)
         push_in_threads(server, threads, pushes, make_batch(*samples))
-        results.append([variable.numpy() for variable in server.optimizer.variables]
-                       + server.model.get_weights())
+        results.append(
+            [variable.numpy() for variable in server.optimizer.variables]
+            + server.model.get_weights()
+        )
         np.testing.assert_array_equal(server.newest[1], flat(server.model.get_weights()))
         assert server.newest[0] == 12_000
     (together_steps, _, *together), (alone_steps, _, *alone) = results
@@ -301,6 +325,7 @@ def test_update_without_xla_gives_the_same_and_loses_none(monkeypatch, rng):
         if jit_compile:
             raise tf.errors.UnimplementedError(None, None, "no XLA here")
         return real(function, jit_compile=jit_compile, **options)
+
     xla_server = a3c.ParameterServer(seed=5)
     a3c.LocalBrain("brain", xla_server)
     monkeypatch.setattr(tf, "function", no_xla)
@@ -310,8 +335,9 @@ def test_update_without_xla_gives_the_same_and_loses_none(monkeypatch, rng):
     push_in_threads(server, 4, 100, batch)
     push_in_threads(xla_server, 1, 400, batch)
     assert int(server.optimizer.iterations) == 400
-    np.testing.assert_allclose(flat(server.model.get_weights()), flat(xla_server.model.get_weights()),
-                               rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        flat(server.model.get_weights()), flat(xla_server.model.get_weights()), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_update_that_ends_in_nan_says_so_with_the_step(server, brain, rng):

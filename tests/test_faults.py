@@ -1,4 +1,5 @@
 """Faults injected for real: nothing is lost, nothing hangs, nothing is silent."""
+
 import os
 import re
 import signal
@@ -7,29 +8,47 @@ import sys
 import threading
 import time
 
-import a3c_cartpole as a3c
 import keras
 import numpy as np
 import pytest
 from conftest import PROGRAM, ROOT, FakeEnv, program_environment, run_program
 
+import a3c_cartpole as a3c
+
 MOVIE = ("movie", "A3C")
-SIGNALS = [pytest.param(signal.SIGINT, 130, id="SIGINT"), pytest.param(signal.SIGTERM, 143, id="SIGTERM")]
+SIGNALS = [
+    pytest.param(signal.SIGINT, 130, id="SIGINT"),
+    pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+]
 
 
 def run_patched(patch, *arguments, cwd, timeout=90, **environment):
     """Run the program in a process of its own after a few lines of Python that break something."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport a3c_cartpole as a3c\n{patch}\n" \
-           "sys.exit(a3c.main(sys.argv[1:]))"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL,
-                          env=program_environment(**environment))
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport a3c_cartpole as a3c\n{patch}\n"
+        "sys.exit(a3c.main(sys.argv[1:]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env=program_environment(**environment),
+    )
 
 
 def start(*arguments, cwd, **environment):
-    return subprocess.Popen([sys.executable, "-u", str(PROGRAM), *map(str, arguments)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                            env=program_environment(**environment))
+    return subprocess.Popen(
+        [sys.executable, "-u", str(PROGRAM), *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env=program_environment(**environment),
+    )
 
 
 def read_until(process, beginning):
@@ -118,16 +137,21 @@ def test_one_failing_worker_ends_all_threads_within_2_seconds():
     finally:
         threading.excepthook = hook
     assert time.perf_counter() - failed < 6 and not any(thread.is_alive() for thread in threads)
-    assert [(c.thread.name, str(c.exc_value)) for c in caught] == [("local_thread2", "the pole broke")]
+    assert [(c.thread.name, str(c.exc_value)) for c in caught] == [
+        ("local_thread2", "the pole broke")
+    ]
     assert server.failed == "local_thread2" and not server.is_learned.is_set()
 
 
 def test_nan_in_the_learning_is_a_failure_that_names_the_step(tmp_path):
-    run = run_patched("""
+    run = run_patched(
+        """
 push = a3c.LocalBrain.train_push
 def poisoned(self, s, a, r, s_):
     push(self, s, a, float("nan") if self.parameter_server.frames > 1000 else r, s_)
-a3c.LocalBrain.train_push = poisoned""", cwd=tmp_path)
+a3c.LocalBrain.train_push = poisoned""",
+        cwd=tmp_path,
+    )
     assert run.returncode == 1
     step = int(re.search(r"FloatingPointError: .*not finite.* step (\d+)", run.stderr)[1])
     assert 1000 < step < 2000 and run.stderr.count("Traceback") == 1
@@ -147,15 +171,24 @@ def test_signal_while_learning_ends_it_with_one_line(tmp_path, number, status):
 @pytest.mark.parametrize("number, status", SIGNALS)
 def test_signal_before_the_first_episode_ends_the_program(tmp_path, number, status):
     mark = tmp_path / "started"
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport a3c_cartpole as a3c\n"
-            "build = a3c.LocalBrain._build_graph\n"
-            f"def slow(self): open({str(mark)!r}, 'w').close(); return build(self)\n"
-            "a3c.LocalBrain._build_graph = slow\nsys.exit(a3c.main([]))")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True, env=program_environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport a3c_cartpole as a3c\n"
+        "build = a3c.LocalBrain._build_graph\n"
+        f"def slow(self): open({str(mark)!r}, 'w').close(); return build(self)\n"
+        "a3c.LocalBrain._build_graph = slow\nsys.exit(a3c.main([]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        text=True,
+        env=program_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
     while not mark.exists():
         assert process.poll() is None
-        time.sleep(.01)
+        time.sleep(0.01)
     out, err, seconds = interrupt(process, number)
     assert process.returncode == status and complaints(err) == [] and seconds < 6
     assert "interrupted" in out
@@ -164,9 +197,10 @@ def test_signal_before_the_first_episode_ends_the_program(tmp_path, number, stat
 @pytest.mark.parametrize("number, status", SIGNALS)
 def test_signal_during_the_test_closes_the_film_and_keeps_the_weights(tmp_path, number, status):
     from moviepy import VideoFileClip
+
     process = start("--workers", 1, "--seed", 1, "--test-episodes", 1000, cwd=tmp_path)
     read_until(process, "test_thread  episode 1 ")
-    time.sleep(.2)      # into the second episode
+    time.sleep(0.2)  # into the second episode
     out, err, seconds = interrupt(process, number)
     assert process.returncode == status and complaints(err) == [] and seconds < 6
     folder = tmp_path.joinpath(*MOVIE)
@@ -180,31 +214,47 @@ def test_signal_during_the_test_closes_the_film_and_keeps_the_weights(tmp_path, 
 
 
 def test_weights_are_on_disk_before_the_test_begins(tmp_path):
-    run = run_patched("""
+    run = run_patched(
+        """
 run = a3c.WorkerThread.run
 def checking(self):
     if self.thread_type == "test":
         print("there:", *sorted(p.name for p in a3c.Path("movie/A3C").iterdir()))
         raise RuntimeError("no test today")
     return run(self)
-a3c.WorkerThread.run = checking""", "--workers", 1, "--seed", 1, cwd=tmp_path)
-    there, = [line for line in run.stdout.splitlines() if line.startswith("there:")]
+a3c.WorkerThread.run = checking""",
+        "--workers",
+        1,
+        "--seed",
+        1,
+        cwd=tmp_path,
+    )
+    (there,) = [line for line in run.stdout.splitlines() if line.startswith("there:")]
     assert "A3C.weights.h5" in there.split() and "part" not in there
     assert run.returncode == 1 and "test lost: RuntimeError: no test today" in run.stderr
     assert "Traceback" not in run.stderr
 
 
 def test_saved_weights_are_the_winners(tmp_path):
-    run = run_patched("""
+    run = run_patched(
+        """
 push = a3c.LocalBrain.push_parameter_server
 def keeping(self):
     push(self)
     a3c.np.save("winner.npy", self._weights)
-a3c.LocalBrain.push_parameter_server = keeping""", "--seed", 2, "--test-episodes", 0, cwd=tmp_path)
+a3c.LocalBrain.push_parameter_server = keeping""",
+        "--seed",
+        2,
+        "--test-episodes",
+        0,
+        cwd=tmp_path,
+    )
     assert run.returncode == 0
     server = a3c.ParameterServer()
     server.model.load_weights(tmp_path.joinpath(*MOVIE, "A3C.weights.h5"))
-    np.testing.assert_array_equal(server.pack(server.model.get_weights()), np.load(tmp_path / "winner.npy"))
+    np.testing.assert_array_equal(
+        server.pack(server.model.get_weights()), np.load(tmp_path / "winner.npy")
+    )
 
 
 def test_disk_full_while_saving_leaves_the_earlier_weights_whole(tmp_path, weights):
@@ -212,12 +262,21 @@ def test_disk_full_while_saving_leaves_the_earlier_weights_whole(tmp_path, weigh
     folder.mkdir(parents=True)
     kept = folder / "A3C.weights.h5"
     kept.write_bytes(weights.read_bytes())
-    run = run_patched("""
+    run = run_patched(
+        """
 import errno
 def full(self, path, **k):
     open(path, "wb").write(b"half a file")
     raise OSError(errno.ENOSPC, "No space left on device")
-a3c.keras.Model.save_weights = full""", "--workers", 1, "--seed", 1, "--test-episodes", 1, cwd=tmp_path)
+a3c.keras.Model.save_weights = full""",
+        "--workers",
+        1,
+        "--seed",
+        1,
+        "--test-episodes",
+        1,
+        cwd=tmp_path,
+    )
     assert run.returncode == 1
     assert kept.read_bytes() == weights.read_bytes()
     assert not list(folder.glob("part*"))
@@ -226,69 +285,106 @@ a3c.keras.Model.save_weights = full""", "--workers", 1, "--seed", 1, "--test-epi
 
 
 def test_disk_full_while_filming_costs_the_film_only(tmp_path, weights):
-    run = run_patched("""
+    run = run_patched(
+        """
 import errno
 import moviepy.video.io.ImageSequenceClip as clips
 def full(self, path, **k):
     open(path, "wb").write(b"half a film")
     raise OSError(errno.ENOSPC, "No space left on device")
-clips.ImageSequenceClip.write_videofile = full""", "--play", weights, "--test-episodes", 3, cwd=tmp_path)
+clips.ImageSequenceClip.write_videofile = full""",
+        "--play",
+        weights,
+        "--test-episodes",
+        3,
+        cwd=tmp_path,
+    )
     assert run.returncode == 1
-    said, = complaints(run.stderr)
+    (said,) = complaints(run.stderr)
     assert said.startswith("A3C-episode-0.mp4 lost: OSError") and "No space left" in said
     assert "test: mean of 3 episodes" in run.stdout
     assert not list(tmp_path.joinpath(*MOVIE).glob("*.mp4"))
 
 
 def test_film_cut_short_on_its_way_to_disk_is_noticed(tmp_path, weights):
-    run = run_patched("""
+    run = run_patched(
+        """
 import moviepy.video.io.ImageSequenceClip as clips
 write = clips.ImageSequenceClip.write_videofile
 def cut(self, path, **k):
     write(self, path, **k)
     a3c.os.truncate(path, 1000)
-clips.ImageSequenceClip.write_videofile = cut""", "--play", weights, "--test-episodes", 2, cwd=tmp_path)
+clips.ImageSequenceClip.write_videofile = cut""",
+        "--play",
+        weights,
+        "--test-episodes",
+        2,
+        cwd=tmp_path,
+    )
     assert run.returncode == 1
-    said, = complaints(run.stderr)
+    (said,) = complaints(run.stderr)
     assert said.startswith("A3C-episode-0.mp4 lost:")
     assert not list(tmp_path.joinpath(*MOVIE).glob("*.mp4"))
 
 
 def test_without_ffmpeg_the_test_is_played_and_the_film_is_missed(tmp_path, weights):
-    run = run_program("--play", weights, "--test-episodes", 2, cwd=tmp_path, PATH=str(tmp_path),
-                      IMAGEIO_FFMPEG_EXE=str(tmp_path / "no-ffmpeg"))
+    run = run_program(
+        "--play",
+        weights,
+        "--test-episodes",
+        2,
+        cwd=tmp_path,
+        PATH=str(tmp_path),
+        IMAGEIO_FFMPEG_EXE=str(tmp_path / "no-ffmpeg"),
+    )
     assert run.returncode == 1
-    said, = complaints(run.stderr)
+    (said,) = complaints(run.stderr)
     assert "lost" in said and "ffmpeg" in said
     assert "test: mean of 2 episodes" in run.stdout
 
 
 def test_window_is_shown_at_its_real_speed(tmp_path, weights):
-    run = run_program("--play", weights, "--test-episodes", 1, "--render", cwd=tmp_path,
-                      SDL_VIDEODRIVER="dummy")
+    run = run_program(
+        "--play", weights, "--test-episodes", 1, "--render", cwd=tmp_path, SDL_VIDEODRIVER="dummy"
+    )
     assert run.returncode == 0 and complaints(run.stderr) == []
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import a3c_cartpole as a3c;"
-            "env = a3c.Window(a3c.gym.make('CartPole-v0', render_mode='rgb_array'),"
-            " lambda name, make, *a: make(*a)); env.reset(seed=1); env.step(0); t = time.perf_counter();"
-            "[env.unwrapped.__setattr__('state', (0, 0, 0, 0)) or env.step(i % 2) for i in range(100)];"
-            "print(time.perf_counter() - t)")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, timeout=60,
-                          env=program_environment(SDL_VIDEODRIVER="dummy"))
-    assert float(done.stdout) >= 1.8        # 100 steps at 50 a second are 2 s
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); import a3c_cartpole as a3c;"
+        "env = a3c.Window(a3c.gym.make('CartPole-v0', render_mode='rgb_array'),"
+        " lambda name, make, *a: make(*a)); env.reset(seed=1); env.step(0); t = time.perf_counter();"
+        "[env.unwrapped.__setattr__('state', (0, 0, 0, 0)) or env.step(i % 2) for i in range(100)];"
+        "print(time.perf_counter() - t)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=program_environment(SDL_VIDEODRIVER="dummy"),
+    )
+    assert float(done.stdout) >= 1.8  # 100 steps at 50 a second are 2 s
 
 
 def test_broken_screen_costs_the_window_only(tmp_path, weights):
-    run = run_program("--play", weights, "--test-episodes", 2, "--render", cwd=tmp_path,
-                      SDL_VIDEODRIVER="no-such-driver")
+    run = run_program(
+        "--play",
+        weights,
+        "--test-episodes",
+        2,
+        "--render",
+        cwd=tmp_path,
+        SDL_VIDEODRIVER="no-such-driver",
+    )
     assert run.returncode == 1
-    said, = complaints(run.stderr)
+    (said,) = complaints(run.stderr)
     assert said.startswith("window lost:") and "Traceback" not in run.stderr
     assert "test: mean of 2 episodes" in run.stdout
     assert len(list(tmp_path.joinpath(*MOVIE).glob("*.mp4"))) == 2
 
 
 def test_closing_the_window_leaves_the_test_and_its_films(tmp_path, weights):
-    run = run_patched("""
+    run = run_patched(
+        """
 show = a3c.gym.wrappers.HumanRendering._render_frame
 shown = []
 def closing(self):
@@ -298,8 +394,15 @@ def closing(self):
     if len(shown) == 20:
         pygame.event.post(pygame.event.Event(pygame.QUIT))
     assert len(shown) <= 20
-a3c.gym.wrappers.HumanRendering._render_frame = closing""", "--play", weights, "--test-episodes", 2, "--render",
-                      cwd=tmp_path, SDL_VIDEODRIVER="dummy")
+a3c.gym.wrappers.HumanRendering._render_frame = closing""",
+        "--play",
+        weights,
+        "--test-episodes",
+        2,
+        "--render",
+        cwd=tmp_path,
+        SDL_VIDEODRIVER="dummy",
+    )
     assert run.returncode == 0
     assert complaints(run.stderr) == ["window closed, the test goes on"]
     assert "test: mean of 2 episodes" in run.stdout
@@ -310,19 +413,22 @@ def test_play_tests_saved_weights_without_learning(tmp_path, weights):
     before = weights.read_bytes()
     run = run_program("--play", weights, "--test-episodes", 3, cwd=tmp_path)
     assert run.returncode == 0
-    assert not [line for line in run.stdout.splitlines() if line.startswith(("local_thread", "learned"))]
+    assert not [
+        line for line in run.stdout.splitlines() if line.startswith(("local_thread", "learned"))
+    ]
     steps = [int(n) for n in re.findall(r"test_thread  episode \d+  steps (\d+)", run.stdout)]
-    assert len(steps) == 3 and min(steps) > 100     # an untrained policy falls within 60
+    assert len(steps) == 3 and min(steps) > 100  # an untrained policy falls within 60
     assert weights.read_bytes() == before
 
 
 @pytest.fixture
 def broken_weights(tmp_path, weights):
     """A function that makes a bad weights file of the kind named."""
+
     def make(kind):
         path = tmp_path / "bad.weights.h5"
         if kind == "truncated":
-            path.write_bytes(weights.read_bytes()[:len(weights.read_bytes()) // 2])
+            path.write_bytes(weights.read_bytes()[: len(weights.read_bytes()) // 2])
         elif kind == "foreign":
             keras.Sequential([keras.Input((7,)), keras.layers.Dense(3)]).save_weights(path)
         elif kind == "text":
@@ -330,6 +436,7 @@ def broken_weights(tmp_path, weights):
         elif kind == "folder":
             path.mkdir()
         return path
+
     return make
 
 
@@ -342,29 +449,39 @@ def test_play_refuses_what_is_not_its_weights(tmp_path, broken_weights, kind):
 
 def assert_refused(run, *parts):
     assert run.returncode == 2 and run.stdout == ""
-    line, = run.stderr.splitlines()
+    (line,) = run.stderr.splitlines()
     assert all(part in line for part in parts), line
 
 
-@pytest.mark.parametrize("arguments, parts", [
-    (["--env", "Acrobot-v1"], ["--env", "'Acrobot-v1'", "CartPole-v0", "CartPole-v1", "reward"]),
-    (["--env", "NoSuch-v9"], ["--env", "'NoSuch-v9'", "CartPole-v0"]),
-    (["--workers", "0"], ["--workers", "'0'", "whole number from 1"]),
-    (["--workers", "2.5"], ["--workers", "'2.5'", "whole number"]),
-    (["--workers", "-1"], ["--workers", "'-1'", "whole number"]),
-    (["--seed", "-1"], ["--seed", "'-1'", "whole number from 0"]),
-    (["--seed", "x"], ["--seed", "'x'", "whole number"]),
-    (["--max-episodes", "0"], ["--max-episodes", "'0'", "whole number from 1"]),
-    (["--test-episodes", "many"], ["--test-episodes", "'many'", "whole number"]),
-    (["--episodes", "3"], ["--episodes"]),
-    (["--workers"], ["--workers", "expected one argument"]),
-])
-def test_bad_argument_is_refused_in_one_line_that_names_it(tmp_path, monkeypatch, capsys, arguments, parts):
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (
+            ["--env", "Acrobot-v1"],
+            ["--env", "'Acrobot-v1'", "CartPole-v0", "CartPole-v1", "reward"],
+        ),
+        (["--env", "NoSuch-v9"], ["--env", "'NoSuch-v9'", "CartPole-v0"]),
+        (["--workers", "0"], ["--workers", "'0'", "whole number from 1"]),
+        (["--workers", "2.5"], ["--workers", "'2.5'", "whole number"]),
+        (["--workers", "-1"], ["--workers", "'-1'", "whole number"]),
+        (["--seed", "-1"], ["--seed", "'-1'", "whole number from 0"]),
+        (["--seed", "x"], ["--seed", "'x'", "whole number"]),
+        (["--max-episodes", "0"], ["--max-episodes", "'0'", "whole number from 1"]),
+        (["--test-episodes", "many"], ["--test-episodes", "'many'", "whole number"]),
+        (["--episodes", "3"], ["--episodes"]),
+        (["--workers"], ["--workers", "expected one argument"]),
+    ],
+)
+def test_bad_argument_is_refused_in_one_line_that_names_it(
+    tmp_path, monkeypatch, capsys, arguments, parts
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         a3c.main(arguments)
     printed = capsys.readouterr()
-    assert_refused(subprocess.CompletedProcess(arguments, exit.value.code, printed.out, printed.err), *parts)
+    assert_refused(
+        subprocess.CompletedProcess(arguments, exit.value.code, printed.out, printed.err), *parts
+    )
     assert threading.active_count() == 1 and not (tmp_path / "movie").exists()
 
 
@@ -384,7 +501,7 @@ def test_read_only_output_folder_is_refused(tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir()
     locked.chmod(0o555)
-    if os.access(locked, os.W_OK):      # root may write anywhere but here
+    if os.access(locked, os.W_OK):  # root may write anywhere but here
         locked = "/proc/1/nowhere"
         if not os.path.isdir("/proc/1"):
             pytest.skip("no folder on this machine is closed to this user")

@@ -1,7 +1,9 @@
 """The n-step return: Agent.advantage_push_local_brain against sums done the long way round."""
-import a3c_cartpole as a3c
+
 import numpy as np
 import pytest
+
+import a3c_cartpole as a3c
 
 N, GAMMA = a3c.N_STEP_RETURN, a3c.GAMMA
 
@@ -24,7 +26,7 @@ def agent(server):
 def play(agent, rewards, first_state=0):
     """Feed one episode; state t is filled with first_state + t, the action alternates."""
     for t, r in enumerate(rewards):
-        s_ = np.full(4, first_state + t + 1.) if t + 1 < len(rewards) else None
+        s_ = np.full(4, first_state + t + 1.0) if t + 1 < len(rewards) else None
         agent.advantage_push_local_brain(np.full(4, first_state + float(t)), t % 2, r, s_)
 
 
@@ -32,10 +34,10 @@ def brute_force(rewards, first_state=0):
     """Every sample an episode must give: s, a, R, s' (None at the end)."""
     samples = []
     for t in range(len(rewards)):
-        following = rewards[t:t + N]
-        total = 0.
+        following = rewards[t : t + N]
+        total = 0.0
         for k in range(len(following)):
-            total += GAMMA ** k * following[k]
+            total += GAMMA**k * following[k]
         went_on = t + N < len(rewards)
         samples.append((first_state + t, t % 2, total, first_state + t + N if went_on else None))
     return samples
@@ -55,17 +57,23 @@ def assert_same(samples, expected):
 
 def test_returns_of_a_seven_step_episode_computed_by_hand(agent):
     play(agent, [1, 2, 3, 4, 5, 6, 7])
-    g = .99
-    by_hand = [1 + 2 * g + 3 * g**2 + 4 * g**3 + 5 * g**4, 2 + 3 * g + 4 * g**2 + 5 * g**3 + 6 * g**4,
-               3 + 4 * g + 5 * g**2 + 6 * g**3 + 7 * g**4, 4 + 5 * g + 6 * g**2 + 7 * g**3,
-               5 + 6 * g + 7 * g**2, 6 + 7 * g, 7]
+    g = 0.99
+    by_hand = [
+        1 + 2 * g + 3 * g**2 + 4 * g**3 + 5 * g**4,
+        2 + 3 * g + 4 * g**2 + 5 * g**3 + 6 * g**4,
+        3 + 4 * g + 5 * g**2 + 6 * g**3 + 7 * g**4,
+        4 + 5 * g + 6 * g**2 + 7 * g**3,
+        5 + 6 * g + 7 * g**2,
+        6 + 7 * g,
+        7,
+    ]
     assert [r for _, _, r, _ in agent.brain.samples] == pytest.approx(by_hand, rel=1e-12)
     assert [s_ is None for _, _, _, s_ in agent.brain.samples] == [False] * 2 + [True] * 5
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6])
 def test_short_episode_return_is_plain_discounted_sum(agent, length):
-    rewards = [0.] * (length - 1) + [-1.]
+    rewards = [0.0] * (length - 1) + [-1.0]
     play(agent, rewards)
     assert_same(agent.brain.samples, brute_force(rewards))
     assert not agent.memory
@@ -90,7 +98,7 @@ def test_two_episodes_in_a_row_do_not_mix(agent, rng, lengths):
 def test_sample_is_pushed_as_soon_as_its_n_rewards_are_known(agent):
     state = np.zeros(4)
     for step in range(1, 21):
-        agent.advantage_push_local_brain(state, 0, 0., state)
+        agent.advantage_push_local_brain(state, 0, 0.0, state)
         assert len(agent.brain.samples) == max(0, step - N + 1)
         assert len(agent.memory) == min(step, N - 1)
 
@@ -100,7 +108,7 @@ def test_no_drift_over_100_000_steps(agent, rng):
     play(agent, rewards)
     returns = np.array([r for _, _, r, _ in agent.brain.samples])
     padded = np.append(rewards, np.zeros(N))
-    expected = sum(GAMMA ** k * padded[k:k + len(rewards)] for k in range(N))
+    expected = sum(GAMMA**k * padded[k : k + len(rewards)] for k in range(N))
     np.testing.assert_allclose(returns, expected, rtol=0, atol=1e-12)
 
 
@@ -108,10 +116,10 @@ def test_no_drift_over_100_000_steps(agent, rng):
 def test_article_recursion_agrees_on_ordinary_episodes(agent, rng, length):
     rewards = rng.normal(size=length).tolist()
     play(agent, rewards)
-    waiting, R, returns = [], 0., []
-    for t, r in enumerate(rewards):     # the article's formula: one running R, divided and reduced
+    waiting, R, returns = [], 0.0, []
+    for t, r in enumerate(rewards):  # the article's formula: one running R, divided and reduced
         waiting.append(r)
-        R = (R + r * GAMMA ** N) / GAMMA
+        R = (R + r * GAMMA**N) / GAMMA
         if t + 1 == length:
             while waiting:
                 returns.append(R)
@@ -124,12 +132,12 @@ def test_article_recursion_agrees_on_ordinary_episodes(agent, rng, length):
 
 def test_queue_of_a_real_brain_holds_zeros_and_mask_0_at_the_end(server):
     agent = a3c.Agent("agent", server)
-    play(agent, [0., 0., 0., 0., 0., 0., 1.])
+    play(agent, [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
     s, a, r, s_, mask = agent.brain.train_queue
-    assert mask == [1., 1., 0., 0., 0., 0., 0.]
-    np.testing.assert_array_equal(s_[0], np.full(4, 5.))
-    np.testing.assert_array_equal(s_[1], np.full(4, 6.))
+    assert mask == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    np.testing.assert_array_equal(s_[0], np.full(4, 5.0))
+    np.testing.assert_array_equal(s_[1], np.full(4, 6.0))
     np.testing.assert_array_equal(s_[2:], np.zeros((5, 4)))
     np.testing.assert_array_equal(np.array(s)[:, 0], np.arange(7))
     np.testing.assert_array_equal(np.array(a)[:, 1], np.arange(7) % 2)
-    assert r == pytest.approx([0., 0., .99**4, .99**3, .99**2, .99, 1.])
+    assert r == pytest.approx([0.0, 0.0, 0.99**4, 0.99**3, 0.99**2, 0.99, 1.0])
