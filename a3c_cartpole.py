@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.10,<3.14"
+# dependencies = [
+#   'tensorflow-cpu>=2.20,<2.22; sys_platform != "darwin" and platform_machine in "x86_64 AMD64"',
+#   'tensorflow>=2.20,<2.22; sys_platform == "darwin" or platform_machine not in "x86_64 AMD64"',
+#   'keras>=3.12,<4',
+#   'gymnasium[classic-control]>=1.2,<2',
+#   'numpy>=2.1,<3',
+#   'moviepy>=2.1,<3',
+#   'matplotlib>=3.9,<4',
+# ]
+# ///
 """A3C on CartPole, complete in this one file: Keras, TensorFlow and threads, on the CPU.
 
 The program of the article 「【強化学習】実装しながら学ぶA3C【CartPoleで棒立て:1ファイルで完結】」
@@ -59,7 +71,7 @@ for note in "The environment CartPole-v0 is out of date", "Overwriting existing 
 
 # -- constants of Game
 ENV = "CartPole-v0"
-NUM_STATES = 4          # cart position (m) and velocity (m/s), pole angle (rad) and velocity (rad/s)
+NUM_STATES = 4          # position (m), velocity (m/s) of the cart; angle (rad), rad/s of the pole
 NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
 NONE_STATE = np.zeros(NUM_STATES, np.float32)   # stands for s' where the episode is over
 
@@ -86,7 +98,8 @@ EPS_END = 0.            # and from EPS_STEPS on; linear in between
 EPS_STEPS = 200 * N_WORKERS     # steps of all threads together
 
 HISTORY = "history.csv"
-Episode = collections.namedtuple("Episode", "thread episode steps mean_of_last_10 total_steps seconds")
+Episode = collections.namedtuple(
+    "Episode", "thread episode steps mean_of_last_10 total_steps seconds")
 
 
 class ParameterServer:
@@ -129,7 +142,7 @@ class ParameterServer:
 
     @property
     def model(self):
-        """The shared Keras model. Who holds it may change it, so from then on each pull reads it."""
+        """The shared Keras model. Its holder may change it: from then on each pull reads it."""
         self.model_is_out = True
         return self._model
 
@@ -150,8 +163,8 @@ class ParameterServer:
         for layer, activation in zip(layers, ["relu"] * (len(layers) - 2) + ["softmax", "linear"]):
             if not (isinstance(layer, keras.layers.Dense) and layer.use_bias
                     and layer.activation.__name__ == activation and layer.input is source):
-                raise ValueError(f"layer {layer.name!r} of the network: predict_p knows only a chain of"
-                                 " Dense relu layers, then Dense softmax and Dense linear")
+                raise ValueError(f"layer {layer.name!r}: predict_p knows only a chain of Dense relu"
+                                 " layers, then a Dense softmax and a Dense linear")
             source = layer.output if activation == "relu" else source
 
     @staticmethod
@@ -207,7 +220,7 @@ class LocalBrain:
     """A thread's own copy of the network: it acts, gathers samples and turns them into updates.
 
     Article: 「LocalBrain」. Paper: the thread's parameters θ', θv' and its gradients dθ, dθv.
-    `train_queue`: five lists, s (4,), a one-hot (2,), R, s' (4,), mask of s' (0 at the end, else 1).
+    `train_queue`: five lists, s (4,), a one-hot (2,), R, s' (4,), mask (0 at the end, else 1).
     """
 
     def __init__(self, name, parameter_server):
@@ -262,20 +275,21 @@ class LocalBrain:
         sizes = [NUM_STATES, NUM_ACTIONS, 1, NUM_STATES, 1, 1]
         s, a, r, s_, s_mask, is_sample = tf.split(batch, sizes, axis=1)
         network = self.parameter_server._model.stateless_call   # the one definition, our weights
-        (_, v), _ = network(weights, [], s_)                    # V(s') is a constant: not on the tape
+        (_, v), _ = network(weights, [], s_)                    # constant V(s'): not on the tape
         r = r + GAMMA_N * v * s_mask
         with tf.GradientTape() as tape:
             tape.watch(weights)
             (p, v), _ = network(weights, [], s)
-            loss = tf.reduce_sum(self.loss_total(p, v, a, r) * is_sample) / tf.reduce_sum(is_sample)
+            losses = self.loss_total(p, v, a, r) * is_sample
+            loss = tf.reduce_sum(losses) / tf.reduce_sum(is_sample)
         return loss, tape.gradient(loss, weights)
 
     def _build_graph(self):
-        """Compile, for all brains, the gradient on local weights and RMSProp's step on the server's.
+        """Compile, for all brains, gradient on local weights and RMSProp step on the server's.
 
         Returns a function of batch (B, 13) and local weights (W,) that gives the server's weights
         after the step (W,), the loss, and the number of steps. By XLA a call takes 170 µs, as a
-        plain graph 270 µs. Where TensorFlow comes without XLA the plain graph is used, under a lock.
+        plain graph 270 µs, which is what runs, under a lock, where TensorFlow comes without XLA.
         """
         server = self.parameter_server
         shared, state = server._model.trainable_variables, server.optimizer.variables
@@ -359,7 +373,7 @@ class LocalBrain:
         return (p / np.add.reduce(p)).T
 
     def train_push(self, s, a, r, s_):
-        """Queue a sample: s (4,), a one-hot (2,), n-step R, s' (4,) n steps on, or None at the end."""
+        """Queue a sample: s (4,), a one-hot (2,), R, s' (4,) n steps later or None at the end."""
         for column, value in zip(self.train_queue, (s, a, r, NONE_STATE if s_ is None else s_,
                                                     0. if s_ is None else 1.)):
             column.append(value)
@@ -463,7 +477,8 @@ class WorkerThread:
     """
 
     def __init__(self, thread_name, thread_type, parameter_server):
-        self.name, self.thread_type, self.parameter_server = thread_name, thread_type, parameter_server
+        self.name, self.thread_type = thread_name, thread_type
+        self.parameter_server = parameter_server
         self.environment = Environment(thread_name, thread_type, parameter_server)
 
     def run(self):
@@ -553,27 +568,28 @@ def parse_arguments(argv):
 
     def cartpole(text):
         if text not in ("CartPole-v0", "CartPole-v1"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not CartPole-v0 or CartPole-v1: the reward"
-                                             " rule, -1 for a fall and +1 for none, fits only them")
+            raise argparse.ArgumentTypeError(f"{text!r} is not CartPole-v0 or CartPole-v1, the only"
+                                             " ones whose reward rule this is")
         return text
 
     parser = argparse.ArgumentParser(
-        prog="a3c_cartpole.py", description="Learn CartPole with A3C, then film the learned policy.",
-        formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34))
+        prog="a3c_cartpole.py", description="Learn CartPole with A3C, then film what was learned.",
+        formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter,
+                                          max_help_position=34))
     parser.error = refuse
     option = parser.add_argument
     option("--env", type=cartpole, default=ENV, metavar="{CartPole-v0,CartPole-v1}",
            help="the pole to balance, for 200 or 500 steps")
     option("--workers", type=whole(1), default=N_WORKERS, metavar="N", help="learning threads")
     option("--seed", type=whole(0), metavar="N", help="repeats a run of one worker to the step")
-    option("--test-episodes", type=whole(0), default=10, metavar="N", help="episodes played at the end")
+    option("--test-episodes", type=whole(0), default=10, metavar="N", help="episodes of the test")
     option("--max-episodes", type=whole(1), default=20_000, metavar="N",
            help="episodes of all workers after which to give up")
     option("--out", type=Path, default=Path("movie", "A3C"), metavar="DIR", help="where files go")
     option("--render", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
            help="show the test in a window (default: where there is a screen)")
-    option("--play", type=Path, metavar="WEIGHTS", help="do not learn, test the weights in this file")
-    option("--log", action="store_true", help="a line for each episode, in place of a live table")
+    option("--play", type=Path, metavar="WEIGHTS", help="do not learn, test this file")
+    option("--log", action="store_true", help="a line for each episode, not a live table")
     args = parser.parse_args(argv)
     args.render = getattr(args, "render", has_screen())
     for package in "moviepy", "matplotlib", "pygame":
@@ -583,8 +599,8 @@ def parse_arguments(argv):
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
-        refuse(f"argument --out: cannot write to {str(args.out)!r} ({error.strerror}); name a folder"
-               " that can be created and written")
+        refuse(f"argument --out: cannot write to {str(args.out)!r} ({error.strerror}); name a"
+               " folder that can be created and written")
     return args
 
 
@@ -639,12 +655,12 @@ def load_weights(server, path):
     """Take the weights from a file of an earlier run, learned by that, or exit with status 2."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")      # Keras only warns of layers that it leaves as they are
+            warnings.simplefilter("error")      # Keras only warns of layers that it leaves alone
             server.model.load_weights(path)
     except Exception as error:
         cause = type(error).__name__ if path.is_file() else "no such file"
-        refuse(f"argument --play: {str(path)!r} holds no weights of this network ({cause}); name the"
-               " A3C.weights.h5 of an earlier run")
+        refuse(f"argument --play: {str(path)!r} holds no weights of this network ({cause}); name"
+               " the A3C.weights.h5 of an earlier run")
     server.is_learned.set()
 
 
@@ -674,15 +690,16 @@ def learn(server, workers, watch):
 
 
 class Watch:
-    """Empties the server's history into history.csv and a live table, or a line for each episode."""
+    """Empties the server's history into history.csv and a live table or a line an episode."""
 
     def __init__(self, server, workers, args, attempt):
-        self.server, self.workers, self.attempt, self.path = server, workers, attempt, args.out / HISTORY
+        self.server, self.workers, self.attempt = server, workers, attempt
+        self.path = args.out / HISTORY
         self.live, self.last, self.shown = None, {}, 0.
         self.as_lines = args.log or not sys.stdout.isatty()
 
     def __enter__(self):
-        self.file = self.attempt(HISTORY, lambda: open(self.path, "w", newline="")) or open(os.devnull, "w")
+        self.file = self.attempt(HISTORY, open, self.path, "w", 1) or open(os.devnull, "w")
         self._write(Episode._fields)
         if not self.as_lines:
             from rich.live import Live
@@ -696,7 +713,7 @@ class Watch:
         self.attempt(HISTORY, self.file.close)
 
     def _write(self, row):
-        if self.attempt(HISTORY, csv.writer(self.file).writerow, row) is None:
+        if self.attempt(HISTORY, csv.writer(self.file, lineterminator="\n").writerow, row) is None:
             self.file = open(os.devnull, "w")       # said once, and the run goes on
 
     def look(self, last=False):
@@ -719,8 +736,9 @@ class Watch:
         server, environment = self.server, self.workers[0].environment
         seconds = time.perf_counter() - server.started
         table = Table(box=None, caption_justify="left", caption=(
-            f"{server.frames} steps  {server.episodes} episodes  {server.frames / seconds:.0f} steps/s"
-            f"  {seconds:.1f} s  ε {environment.agent.epsilon():.2f}"))
+            f"{server.frames} steps  {server.episodes} episodes"
+            f"  {server.frames / seconds:.0f} steps/s  {seconds:.1f} s"
+            f"  ε {environment.agent.epsilon():.2f}"))
         for heading in "worker", "episodes", "last steps", "mean of last 10":
             table.add_column(heading, justify="right")
         table.add_column(f"0 to {environment.limit}")
@@ -729,9 +747,9 @@ class Watch:
             rows = sorted(rows, key=lambda e: -e.mean_of_last_10)[:16]
         for e in rows:
             won = server.winner == e.thread
+            bar = ProgressBar(environment.limit, e.mean_of_last_10, width=20)
             table.add_row(("★ " if won else "") + e.thread, str(e.episode), str(e.steps),
-                          f"{e.mean_of_last_10:.1f}", ProgressBar(environment.limit, e.mean_of_last_10, 20),
-                          style="bold green" if won else None)
+                          f"{e.mean_of_last_10:.1f}", bar, style="bold green" if won else None)
         return table
 
 
@@ -743,15 +761,16 @@ def draw_learning_curve(server, out):
         for row in csv.DictReader(file):
             for curve, name in zip(curves[row["thread"]], ("total_steps", "mean_of_last_10")):
                 curve.append(float(row[name]))
-    axes = (figure := Figure(figsize=(8, 5), dpi=100, layout="constrained")).add_subplot()
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
     axes.axvspan(0, EPS_STEPS * server.workers / N_WORKERS, color="gold", alpha=.3,
                  label=f"ε falls from {EPS_START} to {EPS_END:g}")
     limit = gym.spec(server.env).max_episode_steps - 1
     axes.axhline(limit, color="black", linestyle="--", label=f"learned above {limit}")
     for thread, curve in curves.items():
         won = thread == server.winner
-        axes.plot(*curve, linewidth=2.5 if won else .8, alpha=1 if won else .6, zorder=3 if won else 2,
-                  label=f"{thread}, the first to learn" if won else None)
+        axes.plot(*curve, linewidth=2.5 if won else .8, alpha=1 if won else .6,
+                  zorder=3 if won else 2, label=f"{thread}, the first to learn" if won else None)
     axes.set(title=f"A3C on {server.env}, {server.workers} workers", xlabel="steps of all workers",
              ylabel="steps an episode, mean of a worker's last 10", ylim=(0, None), xlim=(0, None))
     axes.legend(loc="lower right")

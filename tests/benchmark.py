@@ -53,14 +53,16 @@ name, seed = sys.argv[1], int(sys.argv[2])
 options, limit = {
     "A2C": (dict(ent_coef=0.), 5e5),
     "PPO": (dict(n_steps=32, batch_size=256, gae_lambda=.8, gamma=.98, n_epochs=20, ent_coef=0.,
-                 learning_rate=lambda left: left * 1e-3, clip_range=lambda left: left * .2), 1e5)}[name]
+                 learning_rate=lambda left: left * 1e-3,
+                 clip_range=lambda left: left * .2), 1e5)}[name]
 envs = make_vec_env("CartPole-v0", n_envs=8, seed=seed)
 model = dict(A2C=A2C, PPO=PPO)[name]("MlpPolicy", envs, seed=seed, device="cpu", **options)
 rule, started = StopRule(), time.perf_counter()
 model.learn(int(limit), callback=rule)
 seconds = time.perf_counter() - started
 said = "learned" if rule.learned else "not learned"
-print(f"{said} in {seconds:.1f} s: {model.num_timesteps} steps, {rule.episodes} episodes, 8 workers, "
+print(f"{said} in {seconds:.1f} s: {model.num_timesteps} steps, {rule.episodes} episodes, "
+      "8 workers, "
       f"{model.num_timesteps / seconds:.0f} steps/s", flush=True)
 mean, _ = evaluate_policy(model, make_vec_env("CartPole-v0", seed=seed + 1), 10, warn=False)
 print(f"test: mean of 10 episodes {mean:.1f} steps")
@@ -87,7 +89,7 @@ def progress(done, total, what):
 
 
 def bare_environment(steps):
-    """Steps a second of CartPole alone, its episodes reset as they end: the limit for one thread."""
+    """Steps a second of CartPole alone, reset as it ends: the limit for one thread."""
     import a3c_cartpole as a3c
 
     env = a3c.gym.make(a3c.ENV, disable_env_checker=True)

@@ -26,7 +26,8 @@ def test_importing_starts_nothing_builds_nothing_and_prints_nothing():
         "import sys, threading; sys.path.insert(0, sys.argv[1]); import gymnasium as gym;"
         "gym.make = lambda *a, **k: sys.exit('environment built'); import a3c_cartpole as a3c;"
         "assert threading.active_count() == 1;"
-        "assert not [k for k, v in vars(a3c).items() if isinstance(v, (gym.Env, a3c.ParameterServer))];"
+        "kinds = (gym.Env, a3c.ParameterServer);"
+        "assert not [k for k, v in vars(a3c).items() if isinstance(v, kinds)];"
         "assert not {'matplotlib', 'moviepy', 'pygame'} & set(sys.modules)"
     )
     done = subprocess.run(
