@@ -641,7 +641,9 @@ def attempt_product(lost, name, make, *arguments):
 
 
 def save_weights(server, out):
-    """Write the weights to a file beside its place, then rename it: never half a file."""
+    """Write the weights, if finite, beside their place, then rename: never half a file."""
+    if not all(np.isfinite(weight).all() for weight in server.model.get_weights()):
+        return
     name = "A3C.weights.h5" if server.is_learned.is_set() else "A3C.unfinished.weights.h5"
     part = out / "part.weights.h5"
     try:

@@ -333,18 +333,7 @@ def main(argv=None):
         return figure
 
     figures = {"machine": machine(), "workers": {}, "cold start": {}}
-    by_workers = {n: [] for n in args.workers}
-    bare = []
-    for _ in range(args.repeats):  # in turns, so that a noisy minute touches all alike
-        bare.append(measured("the bare environment", bare_environment, args.steps))
-        for n in args.workers:
-            by_workers[n].append(measured(f"{n} workers", learning, n, args.steps))
-    figures["bare env.step/s"] = spread(bare)
-    for n, runs in by_workers.items():
-        figures["workers"][n] = {name: spread([run[name] for run in runs]) for name in runs[0]}
-    splits = [measured("the parts of a step", split, args.steps) for _ in range(args.repeats)]
-    figures["µs a step"] = {part: spread([s[part] for s in splits]) for part in splits[0]}
-    figures["set-up s"] = {n: measured(f"set-up of {n}", setup, n) for n in (1, 8)}
+    # cold starts first: a child's peak memory is counted from what its parent holds when it starts
     runs = {name: [] for name in ["this program", *peers]}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, args.seeds + 1):
@@ -355,6 +344,18 @@ def main(argv=None):
                     else [sys.executable, "-c", PEER, name, str(seed)]
                 )
                 runs[name].append(measured(f"{name}, cold start, seed {seed}", cold_start, command))
+    by_workers = {n: [] for n in args.workers}
+    bare = []
+    for _ in range(args.repeats):  # in turns, so that a noisy minute touches all alike
+        bare.append(measured("the bare environment", bare_environment, args.steps))
+        for n in args.workers:
+            by_workers[n].append(measured(f"{n} workers", learning, n, args.steps))
+    figures["bare env.step/s"] = spread(bare)
+    for n, taken in by_workers.items():
+        figures["workers"][n] = {name: spread([run[name] for run in taken]) for name in taken[0]}
+    splits = [measured("the parts of a step", split, args.steps) for _ in range(args.repeats)]
+    figures["µs a step"] = {part: spread([s[part] for s in splits]) for part in splits[0]}
+    figures["set-up s"] = {n: measured(f"set-up of {n}", setup, n) for n in (1, 8)}
     progress(done, total, "done")
     figures["cold start"] = {name: combine(some) for name, some in runs.items() if some}
 

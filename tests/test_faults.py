@@ -155,6 +155,7 @@ a3c.LocalBrain.train_push = poisoned""",
     assert run.returncode == 1
     step = int(re.search(r"FloatingPointError: .*not finite.* step (\d+)", run.stderr)[1])
     assert 1000 < step < 2000 and run.stderr.count("Traceback") == 1
+    assert not list(tmp_path.joinpath(*MOVIE).glob("*.weights.h5"))
 
 
 @pytest.mark.parametrize("number, status", SIGNALS)
