@@ -67,6 +67,12 @@ print(f"{said} in {seconds:.1f} s: {model.num_timesteps} steps, {rule.episodes} 
 mean, _ = evaluate_policy(model, make_vec_env("CartPole-v0", seed=seed + 1), 10, warn=False)
 print(f"test: mean of 10 episodes {mean:.1f} steps")
 '''
+# A process counts its peak memory from what its parent held when it began: so a small parent.
+LAUNCHER = """
+import resource, subprocess, sys
+subprocess.call(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+"""
 SUMMARY = re.compile(
     r"(not )?learned.*?([\d.]+) s[:,] (\d+) steps, (\d+) episodes, \d+ workers, (\d+) steps/s"
 )
@@ -178,7 +184,7 @@ def setup(workers):
     return float(done.stdout)
 
 
-def cold_start(command, environment=None):
+def cold_start(command):
     """Run a command until it says what it learned; then let it finish its test.
 
     Returns seconds from the start of the process to that line, the line's own figures, the test's
@@ -186,12 +192,9 @@ def cold_start(command, environment=None):
     """
     started = time.perf_counter()
     process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    )
+        [sys.executable, "-S", "-c", LAUNCHER, *command] if os.name == "posix" else command,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     figures = {}
     for line in process.stdout:
         if match := SUMMARY.match(line):
@@ -206,11 +209,9 @@ def cold_start(command, environment=None):
         if match := TEST.match(line):
             figures["test mean"] = float(match[1])
     errors = process.stderr.read()
-    if sys.platform == "win32":
-        process.wait()
-    else:
-        _, _, usage = os.wait4(process.pid, 0)
-        figures["peak MB"] = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    process.wait()
+    if peak := re.search(r"^peak (\d+)$", errors, re.M):
+        figures["peak MB"] = int(peak[1]) / (2**20 if sys.platform == "darwin" else 2**10)
     if "cold start s" not in figures:
         raise RuntimeError(f"{' '.join(command[:2])} said nothing of learning: {errors[-500:]}")
     return figures
@@ -333,7 +334,6 @@ def main(argv=None):
         return figure
 
     figures = {"machine": machine(), "workers": {}, "cold start": {}}
-    # cold starts first: a child's peak memory is counted from what its parent holds when it starts
     runs = {name: [] for name in ["this program", *peers]}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, args.seeds + 1):
