@@ -719,7 +719,7 @@ class Watch:
             self.file = open(os.devnull, "w")       # said once, and the run goes on
 
     def look(self, last=False):
-        """Show and keep what came since the last look; the table at most 3 times a second."""
+        """Show and keep what came since the last look; the table at most 2 times a second."""
         while self.server.history:
             e = self.server.history.popleft()
             self.last[e.thread] = e
@@ -727,7 +727,7 @@ class Watch:
             if self.as_lines:
                 say(f"{e.thread}  episode {e.episode}  steps {e.steps}"
                     f"  mean of last 10 {e.mean_of_last_10:.1f}")
-        if self.live and (last or time.perf_counter() > self.shown + .33):
+        if self.live and (last or time.perf_counter() > self.shown + .5):
             self.shown = time.perf_counter()
             self.live.update(self.table(), refresh=True)
 
@@ -792,6 +792,8 @@ def draw_network(server, args):
 def film(env, args, attempt):
     """Wrap the test's environment: every episode is filmed and, with a screen, shown."""
     def open_screen():
+        # else Mesa's OpenGL brings an LLVM of its own beside TensorFlow's, and the process crashes
+        os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"
         import pygame
         pygame.display.init()
         return True

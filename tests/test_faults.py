@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -365,6 +366,17 @@ def test_window_is_shown_at_its_real_speed(tmp_path, weights):
         env=program_environment(SDL_VIDEODRIVER="dummy"),
     )
     assert float(done.stdout) >= 1.8  # 100 steps at 50 a second are 2 s
+
+
+def test_window_opens_on_an_x_screen(tmp_path, weights):
+    if shutil.which("xvfb-run") is None:
+        pytest.skip("this machine has no xvfb-run to give a virtual screen")
+    command = ["xvfb-run", "-a", sys.executable, str(PROGRAM), "--play", str(weights), "--render"]
+    run = subprocess.run(
+        [*command, "--test-episodes", "1"], cwd=tmp_path, text=True, capture_output=True, timeout=90
+    )
+    assert run.returncode == 0, run.stderr
+    assert "test: mean of 1 episodes" in run.stdout and "window" not in run.stderr
 
 
 def test_broken_screen_costs_the_window_only(tmp_path, weights):
