@@ -88,10 +88,15 @@ def program_environment(**extra):
     return {**environment, **extra}
 
 
-def run_program(*arguments, cwd, timeout=120, **environment):
+def run_program(*arguments, **options):
     """Run the program to its end, as a user would, and return what it printed and its status."""
+    return run_python(PROGRAM, *arguments, **options)
+
+
+def run_python(*arguments, cwd, timeout=120, **environment):
+    """Run Python in a process of its own to its end; return what it printed and its status."""
     return subprocess.run(
-        [sys.executable, str(PROGRAM), *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=cwd,
         text=True,
         capture_output=True,

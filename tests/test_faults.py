@@ -12,7 +12,7 @@ import time
 import keras
 import numpy as np
 import pytest
-from conftest import PROGRAM, ROOT, FakeEnv, program_environment, run_program
+from conftest import PROGRAM, ROOT, FakeEnv, program_environment, run_program, run_python
 
 import a3c_cartpole as a3c
 
@@ -23,21 +23,13 @@ SIGNALS = [
 ]
 
 
-def run_patched(patch, *arguments, cwd, timeout=90, **environment):
+def run_patched(patch, *arguments, **options):
     """Run the program in a process of its own after a few lines of Python that break something."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport a3c_cartpole as a3c\n{patch}\n"
         "sys.exit(a3c.main(sys.argv[1:]))"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-        env=program_environment(**environment),
-    )
+    return run_python("-c", code, *arguments, timeout=90, **options)
 
 
 def start(*arguments, cwd, **environment):
