@@ -18,16 +18,16 @@ def agent(server):
 @pytest.mark.parametrize(
     "frames, epsilon", [(0, 0.5), (400, 0.375), (800, 0.25), (1600, 0), (1601, 0), (10**7, 0)]
 )
-def test_epsilon_falls_from_a_half_to_0_over_eps_steps(server, agent, frames, epsilon):
+def test_epsilon_falls_from_a_half_to_0_over_eps_steps(server, frames, epsilon):
     assert a3c.EPS_STEPS == 1600
     server.frames = frames
-    assert agent.epsilon() == pytest.approx(epsilon)
+    assert server.epsilon() == pytest.approx(epsilon)
 
 
 def test_epsilon_falls_in_200_steps_a_worker():
     server = a3c.ParameterServer(workers=2)
     server.frames = 200
-    assert a3c.Agent("agent", server).epsilon() == pytest.approx(0.25)
+    assert server.epsilon() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("frames, share", [(0, 0.5 * 0.5), (800, 0.25 * 0.5), (1600, 0.0)])
@@ -78,7 +78,7 @@ def test_reward_is_0_then_minus_1_for_a_fall_and_plus_1_from_limit_minus_1(env, 
     for length in 1, 2, limit - 2, limit - 1, limit:
         server = a3c.ParameterServer(env=env)
         environment = a3c.Environment("local_thread1", "learning", server)
-        assert environment.limit == limit
+        assert server.limit == limit
         environment.env, rewards = FakeEnv(length), []
         environment.agent.advantage_push_local_brain = lambda s, a, r, s_: rewards.append(
             (r, s_ is None)
@@ -256,4 +256,5 @@ def test_test_worker_waits_for_the_win_then_plays_its_episodes_with_unchanged_we
 
 def test_environment_is_made_with_its_own_limit():
     assert gym.spec("CartPole-v0").max_episode_steps == 200
-    assert a3c.Environment("x", "learning", a3c.ParameterServer(env="CartPole-v1")).limit == 500
+    environment = a3c.Environment("x", "learning", a3c.ParameterServer(env="CartPole-v1"))
+    assert environment.env.spec.max_episode_steps == environment.parameter_server.limit == 500

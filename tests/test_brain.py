@@ -273,9 +273,9 @@ def test_predict_p_equals_keras_for_any_number_of_hidden_relu_layers(rng, hidden
         network("relu", separate=True),
     ],
 )
-def test_network_that_numpy_could_not_repeat_is_refused(server_class):
+def test_network_that_numpy_could_not_repeat_is_refused_before_any_update(server_class):
     with pytest.raises(ValueError, match="predict_p knows only a chain of Dense relu"):
-        server_class()
+        a3c.LocalBrain("brain", server_class())
 
 
 def test_workers_share_one_compiled_update_and_own_their_weights(server):
@@ -316,28 +316,6 @@ def test_8_threads_of_1500_updates_lose_none(rng):
     assert together_steps == alone_steps == 12_000
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_update_without_xla_gives_the_same_and_loses_none(monkeypatch, rng):
-    real = tf.function
-
-    def no_xla(function, jit_compile=None, **options):
-        if jit_compile:
-            raise tf.errors.UnimplementedError(None, None, "no XLA here")
-        return real(function, jit_compile=jit_compile, **options)
-
-    xla_server = a3c.ParameterServer(seed=5)
-    a3c.LocalBrain("brain", xla_server)
-    monkeypatch.setattr(tf, "function", no_xla)
-    server = a3c.ParameterServer(seed=5)
-    brain = a3c.LocalBrain("brain", server)
-    batch = make_batch(*fill_queue(brain, rng, a3c.BATCH_ROWS))
-    push_in_threads(server, 4, 100, batch)
-    push_in_threads(xla_server, 1, 400, batch)
-    assert int(server.optimizer.iterations) == 400
-    np.testing.assert_allclose(
-        flat(server.model.get_weights()), flat(xla_server.model.get_weights()), rtol=1e-4, atol=1e-5
-    )
 
 
 def test_update_that_ends_in_nan_says_so_with_the_step(server, brain, rng):

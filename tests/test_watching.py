@@ -63,22 +63,21 @@ def test_history_counts_each_threads_episodes_from_1_without_a_gap(given_up):
     assert all(counted == list(range(1, len(counted) + 1)) for counted in episodes.values())
 
 
-def test_history_survives_a_full_disk_without_costing_the_run(tmp_path, capsys):
+def test_history_survives_a_full_disk_without_costing_the_run(tmp_path, capsys, monkeypatch):
     server = a3c.ParameterServer()
     lost = []
     args = argparse.Namespace(log=True, out=tmp_path)
 
-    class Full(io.StringIO):
-        def write(self, _):
+    class Full:
+        def writerows(self, _):
             raise OSError(28, "No space left on device")
 
     watch = a3c.Watch(
-        server, [], args, lambda name, make, *a: a3c.attempt_product(lost, name, make, *a)
+        server, args, lambda name, make, *a: a3c.attempt_product(lost, name, make, *a)
     )
-    with watch:
-        watch.file = Full()
-        for i in range(3):
-            server.finish_episode("local_thread1", i + 1, 20, 2.0)
+    monkeypatch.setattr(a3c.csv, "writer", lambda *_, **__: Full())
+    for i in range(3):
+        server.finish_episode("local_thread1", i + 1, 20, 2.0)
         watch.look()
     printed = capsys.readouterr()
     assert (
@@ -127,8 +126,7 @@ def test_network_is_drawn_or_its_absence_is_said_never_a_failure(given_up):
 def table_lines(workers, width, winner=None):
     """The live table of this many workers as it stands in a console of this width."""
     server = a3c.ParameterServer(workers=workers, env="CartPole-v1")
-    threads = [a3c.WorkerThread(f"local_thread{i + 1}", "learning", server) for i in range(workers)]
-    watch = a3c.Watch(server, threads, argparse.Namespace(log=False, out=Path()), None)
+    watch = a3c.Watch(server, argparse.Namespace(log=False, out=Path()), lambda *_: None)
     for i in range(workers):
         watch.last[f"local_thread{i + 1}"] = a3c.Episode(
             f"local_thread{i + 1}", 12345, 500, 499.0 - i, 10**7, 99.0
