@@ -52,9 +52,17 @@ def test_greedy_action_is_the_most_probable_whatever_epsilon(server, agent):
     assert {agent.act(np.zeros(4, np.float32), greedy=True) for _ in range(100)} == {1}
 
 
+def server_without_updates(**options):
+    """A server whose brains need not compile what no update of the test will call."""
+    server = a3c.ParameterServer(**options)
+    server.update_graph = False
+    return server
+
+
 def test_agents_draw_from_their_own_streams_fixed_by_seed_and_name():
     def draws(seed, name):
-        return [a3c.Agent(name, a3c.ParameterServer(seed=seed)).random.random() for _ in range(2)]
+        agents = [a3c.Agent(name, server_without_updates(seed=seed)) for _ in range(2)]
+        return [agent.random.random() for agent in agents]
 
     same, again = draws(3, "local_thread1")
     assert same == again
@@ -76,7 +84,7 @@ def played(server, length, episodes=1, name="local_thread1"):
 @pytest.mark.parametrize("env, limit", [("CartPole-v0", 200), ("CartPole-v1", 500)])
 def test_reward_is_0_then_minus_1_for_a_fall_and_plus_1_from_limit_minus_1(env, limit):
     for length in 1, 2, limit - 2, limit - 1, limit:
-        server = a3c.ParameterServer(env=env)
+        server = server_without_updates(env=env)
         environment = a3c.Environment("local_thread1", "learning", server)
         assert server.limit == limit
         environment.env, rewards = FakeEnv(length), []
@@ -136,7 +144,7 @@ def test_mean_of_199_is_not_enough_and_above_it_is(server):
 
 
 def test_stop_rule_of_cartpole_v1_is_its_own_limit():
-    server = a3c.ParameterServer(env="CartPole-v1")
+    server = server_without_updates(env="CartPole-v1")
     environment = played(server, 499, episodes=10)
     assert not server.is_learned.is_set()
     environment.env.length = 500
@@ -218,7 +226,7 @@ def test_push_waits_for_an_update_under_way_which_so_cannot_overwrite_it(server,
 
 
 def test_learning_is_given_up_after_exactly_max_episodes():
-    server = a3c.ParameterServer(max_episodes=5)
+    server = server_without_updates(max_episodes=5)
     environment = played(server, 20, episodes=7)
     assert server.episodes == len(server.history) == 5 and server.frames == 100
     assert server.stop.is_set() and not server.is_learned.is_set()
