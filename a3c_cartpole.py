@@ -524,6 +524,30 @@ def main(argv=None):
     return 0 if server.is_learned.is_set() and not (server.failed or lost) else 1
 
 
+def learn(server, workers, watch):
+    """M2: run the workers until learning is over, and return a line that says what came of it."""
+    threads = [threading.Thread(target=w.run, name=w.name, daemon=True) for w in workers]
+    server.started = time.perf_counter()
+    with watch.display:
+        for thread in threads:
+            thread.start()
+        while not (server.stop.wait(.1) or server.interrupted):
+            watch.look()
+        seconds = time.perf_counter() - server.started
+        server.stop.set()
+        for thread in threads:
+            thread.join(2)
+        watch.look()
+    figures = (f"{server.frames} steps, {server.episodes} episodes, {server.workers} workers,"
+               f" {server.frames / seconds:.0f} steps/s")
+    if server.is_learned.is_set():
+        return f"learned in {seconds:.1f} s: {figures}"
+    if server.episodes >= server.max_episodes:
+        return f"not learned within {server.episodes} episodes: {seconds:.1f} s, {figures}"
+    reason = f"{server.failed} failed" if server.failed else "interrupted"
+    return f"not learned, {reason} after {seconds:.1f} s: {figures}"
+
+
 # -- all that is not A3C: the command line, faults and signals, and what a watcher sees ------------
 
 def parse_arguments(argv):
@@ -627,31 +651,6 @@ def load_weights(server, path):
     server.is_learned.set()
 
 
-def learn(server, workers, watch):
-    """Run the workers until learning is over, and return a line that says what came of it."""
-    threads = [threading.Thread(target=worker.run, name=worker.name, daemon=True)
-               for worker in workers]
-    server.started = time.perf_counter()
-    with watch.display:
-        for thread in threads:
-            thread.start()
-        while not (server.stop.wait(.1) or server.interrupted):
-            watch.look()
-        seconds = time.perf_counter() - server.started
-        server.stop.set()
-        for thread in threads:
-            thread.join(2)
-        watch.look()
-    figures = (f"{server.frames} steps, {server.episodes} episodes, {server.workers} workers,"
-               f" {server.frames / seconds:.0f} steps/s")
-    if server.is_learned.is_set():
-        return f"learned in {seconds:.1f} s: {figures}"
-    if server.episodes >= server.max_episodes:
-        return f"not learned within {server.episodes} episodes: {seconds:.1f} s, {figures}"
-    reason = f"{server.failed} failed" if server.failed else "interrupted"
-    return f"not learned, {reason} after {seconds:.1f} s: {figures}"
-
-
 class Watch:
     """Takes episodes out of the server's history, into history.csv and a live table or lines."""
 
@@ -724,7 +723,7 @@ def draw_learning_curve(server, out):
 def draw_network(server, args):
     """Draw the network, where pydot and Graphviz are; elsewhere say so."""
     try:
-        keras.utils.plot_model(server.model, args.out / "A3C.png", show_shapes=True)
+        keras.utils.plot_model(server.model, args.out / "A3C.png", True, show_layer_names=True)
     except ImportError:
         say("no A3C.png, the picture of the network: it takes pydot and Graphviz")
         if args.log:
@@ -733,14 +732,14 @@ def draw_network(server, args):
 
 def film(environment, args, attempt):
     """Wrap the test's environment: every episode is filmed and, with a screen, shown."""
-    # else Mesa's OpenGL brings an LLVM of its own beside TensorFlow's, and the process crashes
-    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"
+    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"    # else Mesa's LLVM crashes beside XLA's
     import pygame
     shown = args.render and attempt("window", pygame.display.init) is not False
     if not shown:
         os.environ["SDL_VIDEODRIVER"] = "dummy"     # CartPole draws for a film with no screen, too
     environment.env = attempt("video", Film, environment.env, args.out, attempt) or environment.env
-    environment.env = Window(environment.env, attempt) if shown else environment.env
+    if shown:
+        environment.env = Window(environment.env, attempt)
 
 
 class Film(gym.wrappers.RecordVideo):
