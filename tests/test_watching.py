@@ -12,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import PROGRAM, program_environment, run_program
+from moviepy import VideoFileClip
 from rich.console import Console
 
 import a3c_cartpole as a3c
@@ -121,6 +122,23 @@ def test_network_is_drawn_or_its_absence_is_said_never_a_failure(given_up):
         assert sum("pydot and Graphviz" in line for line in run.stdout.splitlines()) == 1
         assert "hidden (Dense)" in run.stdout
     assert run.stderr == ""
+
+
+def test_film_goes_to_its_file_frame_by_frame_and_is_held_nowhere(tmp_path):
+    env = a3c.gym.make("CartPole-v0", render_mode="rgb_array")
+    env = a3c.Film(env, tmp_path, lambda name, make, *arguments: make(*arguments))
+    for length in 30, 12:
+        env.reset(seed=1)
+        for i in range(length):
+            env.unwrapped.state = np.zeros(4)
+            env.step(i % 2)
+            assert env.recorded_frames == [] and env.frames == i + 2
+    env.close()
+    films = sorted(tmp_path.iterdir())
+    assert [film.name for film in films] == ["A3C-episode-0.mp4", "A3C-episode-1.mp4"]
+    for film, length in zip(films, (30, 12)):
+        with VideoFileClip(str(film)) as clip:
+            assert sum(1 for _ in clip.iter_frames()) == length + 1
 
 
 def table_lines(workers, width, winner=None):
