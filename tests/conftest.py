@@ -15,6 +15,12 @@ PROGRAM = ROOT / "a3c_cartpole.py"
 import a3c_cartpole as a3c  # noqa: E402
 
 
+def pytest_configure(config):
+    """Leave out the notices that the program itself leaves out."""
+    for notice in "CartPole-v0 is out of date", "Overwriting existing videos":
+        config.addinivalue_line("filterwarnings", f"ignore:.*{notice}")
+
+
 @pytest.fixture
 def server():
     return a3c.ParameterServer(seed=7)
