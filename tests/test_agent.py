@@ -225,6 +225,30 @@ def test_push_waits_for_an_update_under_way_which_so_cannot_overwrite_it(server,
     assert (server.newest[1] == 3).all()
 
 
+def test_update_that_has_just_ended_publishes_nothing_over_the_winners_push(server, rng):
+    brain, winner = a3c.LocalBrain("brain", server), a3c.LocalBrain("winner", server)
+    winner.model.set_weights([np.full(w.shape, 3, np.float32) for w in winner.model.get_weights()])
+    idle = server.idle
+
+    class PushAtTheFirstChance:
+        """The condition `idle`, after whose first release the winner pushes at once."""
+
+        notify_all = idle.notify_all
+
+        def __enter__(self):
+            idle.acquire()
+
+        def __exit__(self, *_):
+            idle.release()
+            server.idle = idle
+            winner.push_parameter_server()
+
+    server.idle = PushAtTheFirstChance()
+    fill_queue(brain, rng, 10)
+    brain.update_parameter_server()
+    assert server.idle is idle and (server.newest[1] == 3).all()
+
+
 def test_learning_is_given_up_after_exactly_max_episodes():
     server = server_without_updates(max_episodes=5)
     environment = played(server, 20, episodes=7)
