@@ -92,7 +92,8 @@ GAMMA_N = GAMMA ** N_STEP_RETURN
 N_WORKERS = 8           # learning threads
 T_MAX = 10              # steps of a thread between two of its updates
 BATCH_ROWS = MIN_BATCH - 1 + T_MAX + N_STEP_RETURN - 1      # samples, the most an update can find
-BATCH_COLUMNS = 2 * NUM_STATES + NUM_ACTIONS + 3            # of a sample: s, a, R, s', mask, and 1
+SAMPLE = [NUM_STATES, NUM_ACTIONS, 1, NUM_STATES, 1, 1]     # columns of s, a, R, s', mask, and 1
+BATCH_COLUMNS = sum(SAMPLE)
 
 # -- constants of ε-greedy
 EPS_START = .5          # share of random actions at the first step,
@@ -130,10 +131,11 @@ class ParameterServer:
         self.optimizer.build(self._model.trainable_variables)
         for mean_square in self.optimizer.variables[2:]:    # after the step count and the rate;
             mean_square.assign(tf.ones_like(mean_square))   # TensorFlow 1 began at 1, Keras at 0
-        shapes = [weight.shape for weight in self._model.get_weights()]
+        weights = self._model.get_weights()
+        shapes = [weight.shape for weight in weights]
         ends = [0, *itertools.accumulate(map(math.prod, shapes))]
         self.slices = list(zip(ends, ends[1:], shapes))         # where each weight lies in (W,)
-        self.newest = 0, self.pack(self._model.get_weights())   # updates made, weights (W,)
+        self.newest = 0, self.pack(weights)                     # updates made, weights (W,)
 
     @property
     def model(self):
@@ -260,8 +262,7 @@ class LocalBrain:
         A row of the batch (B, 13): s, a one-hot, R of N_STEP_RETURN rewards, s', mask of s', and 1
         for a sample or 0 for a row that only fills up.
         """
-        sizes = [NUM_STATES, NUM_ACTIONS, 1, NUM_STATES, 1, 1]
-        s, a, r, s_, s_mask, is_sample = tf.split(batch, sizes, axis=1)
+        s, a, r, s_, s_mask, is_sample = tf.split(batch, SAMPLE, axis=1)
         network = self.parameter_server._model.stateless_call   # the one definition, our weights
         (_, v), _ = network(weights, [], s_)                    # constant V(s'): not on the tape
         r = r + GAMMA_N * v * s_mask
@@ -579,10 +580,10 @@ def parse_arguments(argv):
     option("--max-episodes", type=from_1, default=20_000, help="of all workers, then give up")
     option("--out", type=Path, default=Path("movie", "A3C"), metavar="DIR", help="where files go")
     option("--play", type=Path, metavar="WEIGHTS", help="do not learn, test this file")
-    option = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
-    option("--render", action=argparse.BooleanOptionalAction,
-           help="show the test in a window (default: where there is a screen)")
-    option("--log", action="store_true", default=False, help="a line for each episode, no table")
+    parser.add_argument("--render", action=argparse.BooleanOptionalAction,
+                        default=argparse.SUPPRESS,
+                        help="show the test in a window (default: where there is a screen)")
+    parser.add_argument("--log", action="store_true", help="a line for each episode, no table")
     args = parser.parse_args(argv)
     screen = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
     args.render = getattr(args, "render", bool(screen))
@@ -679,8 +680,9 @@ class Watch:
             if self.as_lines:
                 say(f"{e.thread}  episode {e.episode}  steps {e.steps}"
                     f"  mean of last 10 {e.mean_of_last_10:.1f}")
-        rows = [e._replace(seconds=f"{e.seconds:.3f}") for e in new]
-        self.attempt("history.csv", self._write, "a", rows)
+        if new:
+            rows = [e._replace(seconds=f"{e.seconds:.3f}") for e in new]
+            self.attempt("history.csv", self._write, "a", rows)
 
     def table(self):
         """Return the live table, as a rich renderable that fits into 80 columns and 24 lines."""
@@ -753,10 +755,11 @@ class Film(gym.wrappers.RecordVideo):
         self.attempt, self.part, self.writer, self.frames = attempt, out / "part.mp4", None, 0
 
     def _capture_frame(self):
-        self.attempt("video", self._write, self.env.render())
+        self.attempt("video", self._write)
 
-    def _write(self, frame):
+    def _write(self):
         from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+        frame = self.env.render()
         if self.writer is None:
             size, hold = frame.shape[1::-1], getattr(signal, "pthread_sigmask", lambda *_: None)
             hold(signal.SIG_BLOCK, [signal.SIGINT])     # a terminal sends Ctrl-C to ffmpeg too
