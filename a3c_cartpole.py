@@ -111,6 +111,7 @@ class ParameterServer:
     def __init__(self, *, env=ENV, workers=N_WORKERS, seed=None, max_episodes=math.inf,
                  test_episodes=10):
         self.env, self.workers, self.seed = env, workers, seed
+        self.names = [f"local_thread{i + 1}" for i in range(workers)]
         self.max_episodes, self.test_episodes = max_episodes, test_episodes
         self.limit = gym.spec(env).max_episode_steps    # 200 in CartPole-v0, 500 in v1
         self.frames = self.episodes = 0         # steps and episodes of all learning threads so far
@@ -498,8 +499,7 @@ def main(argv=None):
         signal.signal(number, functools.partial(note_signal, server))
 
     # M1. The workers
-    workers = [] if args.play else [WorkerThread(f"local_thread{i + 1}", "learning", server)
-                                    for i in range(args.workers)]
+    workers = [] if args.play else [WorkerThread(n, "learning", server) for n in server.names]
     test = WorkerThread("test_thread", "test", server)
 
     # M2. Each learning worker runs in a thread of its own; what they learn is safe before all else
@@ -657,8 +657,7 @@ class Watch:
 
     def __init__(self, server, args, attempt):
         self.server, self.attempt, self.path = server, attempt, args.out / "history.csv"
-        names = [f"local_thread{i + 1}" for i in range(server.workers)]
-        self.last = {name: Episode(name, 0, 0, 0., 0, 0.) for name in names}
+        self.last = {name: Episode(name, 0, 0, 0., 0, 0.) for name in server.names}
         self.as_lines, self.display = args.log or not sys.stdout.isatty(), contextlib.nullcontext()
         if not self.as_lines:
             from rich.live import Live
