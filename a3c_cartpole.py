@@ -740,7 +740,8 @@ def film(environment, args, attempt):
         os.environ["SDL_VIDEODRIVER"] = "dummy"     # CartPole draws for a film with no screen, too
     environment.env = attempt("video", Film, environment.env, args.out, attempt) or environment.env
     if shown:
-        environment.env = Window(environment.env, attempt)
+        window = environment.env = Window(environment.env)
+        window._render_frame = functools.partial(attempt, "window", window._render_frame)
 
 
 class Film(gym.wrappers.RecordVideo):
@@ -782,23 +783,15 @@ class Film(gym.wrappers.RecordVideo):
 
 
 class Window(gym.wrappers.HumanRendering):
-    """Shows each step at its real speed, until the window is closed or fails."""
-
-    def __init__(self, env, attempt):
-        super().__init__(env)
-        self.attempt, self.is_open = attempt, True
+    """Shows each step at its real speed, until the window is closed."""
 
     def _render_frame(self):
-        if self.is_open:
-            self.attempt("window", self._show)
-
-    def _show(self):
         import pygame
         super()._render_frame()
         if pygame.event.get(pygame.QUIT):
             print("window closed, the test goes on", file=sys.stderr)
             pygame.display.quit()
-            self.is_open = False
+            self._render_frame = lambda: None
 
 
 if __name__ == "__main__":
