@@ -749,7 +749,7 @@ class Film(gym.wrappers.RecordVideo):
 
     def __init__(self, env, out, attempt):
         super().__init__(env, str(out), lambda _: True, name_prefix="A3C")
-        self.attempt, self.part, self.writer, self.frames = attempt, out / "part.mp4", None, 0
+        self.attempt, self.part, self.writer = attempt, out / "part.mp4", None
 
     def _capture_frame(self):
         self.attempt("video", self._write)
@@ -763,23 +763,19 @@ class Film(gym.wrappers.RecordVideo):
             self.writer = FFMPEG_VideoWriter(str(self.part), size, self.frames_per_sec)
             hold(signal.SIG_UNBLOCK, [signal.SIGINT])
         self.writer.write_frame(frame)
-        self.frames += 1
 
     def stop_recording(self):
-        """Make sure that the film can be read, and only then put it into its place."""
+        """Let ffmpeg end, and put the film into its place if it was written to its end."""
         if self.writer:
-            with contextlib.suppress(OSError):
-                self.writer.close()
-        self.attempt("video", self._finish)
-        self.part.unlink(missing_ok=True)
-        self.recording, self.writer, self.frames = False, None, 0
+            _, said = self.writer.proc.communicate()
+            self.attempt("video", self._finish, self.writer.proc.returncode, said.decode())
+            self.part.unlink(missing_ok=True)
+        self.recording, self.writer = False, None
 
-    def _finish(self):
-        from imageio_ffmpeg import count_frames_and_secs
-        path = self.part.with_stem(self._video_name)
-        if count_frames_and_secs(str(self.part))[0] != self.frames:
-            raise OSError(f"{path} is not complete")
-        os.replace(self.part, path)
+    def _finish(self, status, said):
+        if status:
+            raise OSError(f"ffmpeg ended with status {status}: {said}")
+        os.replace(self.part, self.part.with_stem(self._video_name))
 
 
 class Window(gym.wrappers.HumanRendering):
