@@ -1,9 +1,9 @@
 # /// script
 # requires-python = ">=3.10,<3.14"
 # dependencies = [
-#   'tensorflow-cpu>=2.20,<2.22; sys_platform != "darwin" and platform_machine in "x86_64 AMD64"',
-#   'tensorflow>=2.20,<2.22; sys_platform == "darwin" or platform_machine not in "x86_64 AMD64"',
-#   'keras>=3.12,<4', 'gymnasium[classic-control]>=1.2,<2', 'numpy>=2.1,<3', 'moviepy>=2.1,<3',
+#   'tensorflow-cpu>=2.21,<2.22; sys_platform != "darwin" and platform_machine in "x86_64 AMD64"',
+#   'tensorflow>=2.21,<2.22; sys_platform == "darwin" or platform_machine not in "x86_64 AMD64"',
+#   'keras>=3.12,<4', 'gymnasium[classic-control]>=1.4,<2', 'numpy>=2.1,<3', 'moviepy>=2.1,<3',
 #   'matplotlib>=3.9,<4']
 # ///
 """A3C on CartPole, complete in this one file: Keras, TensorFlow and threads, on the CPU.

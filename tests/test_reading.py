@@ -72,7 +72,7 @@ def test_constants_are_the_articles():
 
 def test_classes_stand_in_the_articles_order():
     tree = ast.parse(SOURCE)
-    names = [n.name for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+    names = [n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)]
     classes = ["ParameterServer", "LocalBrain", "Agent", "Environment", "WorkerThread", "main"]
     assert names[: len(classes)] == classes
 
