@@ -201,10 +201,10 @@ def test_push_waits_for_an_update_under_way_which_so_cannot_overwrite_it(server,
     brain = a3c.LocalBrain("brain", server)
     began, finish, real = threading.Event(), threading.Event(), server.update_graph
 
-    def slow(batch, weights):
+    def slow(packed):
         began.set()
         assert finish.wait(20)
-        return real(batch, weights)
+        return real(packed)
 
     server.update_graph = slow
     fill_queue(brain, rng, 10)
