@@ -278,45 +278,32 @@ a3c.keras.Model.save_weights = full""",
     assert "test: mean of 1 episodes" in run.stdout and (folder / "A3C-episode-0.mp4").exists()
 
 
-def test_disk_full_while_filming_costs_the_film_only(tmp_path, weights):
-    run = run_patched(
-        """
+FULL_DISK = """
 import errno
 from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter as Writer
 def full(self, frame):
     raise OSError(errno.ENOSPC, "No space left on device")
-Writer.write_frame = full""",
-        "--play",
-        weights,
-        "--test-episodes",
-        3,
-        cwd=tmp_path,
-    )
-    assert run.returncode == 1
-    (said,) = complaints(run.stderr)
-    assert said.startswith("video lost: OSError") and "No space left" in said
-    assert "test: mean of 3 episodes" in run.stdout
-    assert not list(tmp_path.joinpath(*MOVIE).glob("*.mp4"))
-
-
-def test_film_that_ffmpeg_cannot_write_to_its_end_costs_the_film_only(tmp_path, weights):
-    if sys.platform == "win32":
-        pytest.skip("Windows has no limit on the size of a file")
-    run = run_patched(
-        """
+Writer.write_frame = full
+"""
+FILES_OF_4_KB_AT_MOST = """
 import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))""",
-        "--play",
-        weights,
-        "--test-episodes",
-        2,
-        cwd=tmp_path,
-    )
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+"""
+
+
+@pytest.mark.parametrize(
+    "patch, cause",
+    [(FULL_DISK, "No space left"), (FILES_OF_4_KB_AT_MOST, "ffmpeg ended with status")],
+)
+def test_film_that_cannot_be_written_costs_the_film_only(tmp_path, weights, patch, cause):
+    if sys.platform == "win32" and patch is FILES_OF_4_KB_AT_MOST:
+        pytest.skip("Windows has no limit on the size of a file")
+    run = run_patched(patch, "--play", weights, "--test-episodes", 3, cwd=tmp_path)
     assert run.returncode == 1
     (said,) = complaints(run.stderr)
-    assert said.startswith("video lost: OSError: ffmpeg ended with status")
-    assert "test: mean of 2 episodes" in run.stdout
-    assert not list(tmp_path.joinpath(*MOVIE).glob("*.mp4"))
+    assert said.startswith("video lost: OSError: ") and cause in said
+    assert "test: mean of 3 episodes" in run.stdout
+    assert list(tmp_path.joinpath(*MOVIE).iterdir()) == []
 
 
 def test_without_ffmpeg_the_test_is_played_and_the_film_is_missed(tmp_path, weights):
