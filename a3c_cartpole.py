@@ -522,8 +522,8 @@ def learn(server, workers, watch):
             watch.look()
         seconds = time.perf_counter() - server.started
         server.stop.set()
-        for thread in threads:
-            thread.join(2)
+        for thread in threads:      # one that hangs must not hold up the end: 2 s for all together
+            thread.join(max(0, server.started + seconds + 2 - time.perf_counter()))
         watch.look()
     figures = (f"{server.frames} steps, {server.episodes} episodes, {server.workers} workers,"
                f" {server.frames / seconds:.0f} steps/s")

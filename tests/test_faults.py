@@ -1,5 +1,7 @@
 """Faults injected for real: nothing is lost, nothing hangs, nothing is silent."""
 
+import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -134,6 +136,19 @@ def test_one_failing_worker_ends_all_threads_within_2_seconds():
         ("local_thread2", "the pole broke")
     ]
     assert server.failed == "local_thread2" and not server.is_learned.is_set()
+
+
+def test_threads_that_hang_hold_up_the_end_for_2_seconds_all_together():
+    server, release = a3c.ParameterServer(), threading.Event()
+    server.interrupted = signal.SIGINT
+    hanging = [argparse.Namespace(name=name, run=release.wait) for name in server.names]
+    watch = argparse.Namespace(display=contextlib.nullcontext(), look=lambda: None)
+    began = time.perf_counter()
+    try:
+        assert a3c.learn(server, hanging, watch).startswith("not learned, interrupted")
+        assert len(hanging) == 8 and time.perf_counter() - began < 6
+    finally:
+        release.set()
 
 
 def test_nan_in_the_learning_is_a_failure_that_names_the_step(tmp_path):
