@@ -756,7 +756,7 @@ class Film(gym.wrappers.RecordVideo):
 
     def __init__(self, env, out, attempt):
         super().__init__(env, str(out), lambda _: True, name_prefix="A3C")
-        self.attempt, self.part, self.writer = attempt, out / "part.mp4", None
+        self.attempt, self.part, self.writer, self.frames = attempt, out / "part.mp4", None, 0
 
     def _capture_frame(self):
         self.attempt("video", self._write)
@@ -770,19 +770,24 @@ class Film(gym.wrappers.RecordVideo):
             self.writer = FFMPEG_VideoWriter(str(self.part), size, self.frames_per_sec)
             hold(signal.SIG_UNBLOCK, [signal.SIGINT])
         self.writer.write_frame(frame)
+        self.frames += 1
 
     def stop_recording(self):
-        """Let ffmpeg end, and put the film into its place if it was written to its end."""
+        """Let ffmpeg end, and put the film into its place if every frame can be read from it."""
         if self.writer:
             _, said = self.writer.proc.communicate()
             self.attempt("video", self._finish, self.writer.proc.returncode, said.decode())
             self.part.unlink(missing_ok=True)
-        self.recording, self.writer = False, None
+        self.recording, self.writer, self.frames = False, None, 0
 
     def _finish(self, status, said):
+        from imageio_ffmpeg import count_frames_and_secs
         if status:
             raise OSError(f"ffmpeg ended with status {status}: {said}")
-        os.replace(self.part, self.part.with_stem(self._video_name))
+        path = self.part.with_stem(self._video_name)
+        if count_frames_and_secs(str(self.part))[0] != self.frames:
+            raise OSError(f"{path} is not complete")
+        os.replace(self.part, path)
 
 
 class Window(gym.wrappers.HumanRendering):

@@ -132,7 +132,7 @@ def test_film_goes_to_its_file_frame_by_frame_and_is_held_nowhere(tmp_path):
         for i in range(length):
             env.unwrapped.state = np.zeros(4)
             env.step(i % 2)
-            assert env.recorded_frames == []
+            assert env.recorded_frames == [] and env.frames == i + 2
     env.close()
     films = sorted(tmp_path.iterdir())
     assert [film.name for film in films] == ["A3C-episode-0.mp4", "A3C-episode-1.mp4"]
