@@ -659,17 +659,20 @@ def load_weights(server, path):
     server.is_learned.set()
 
 
+HISTORY = "history.csv"
+
+
 class Watch:
     """Takes episodes out of the server's history, into history.csv and a live table or lines."""
 
     def __init__(self, server, args, attempt):
-        self.server, self.attempt, self.path = server, attempt, args.out / "history.csv"
+        self.server, self.attempt, self.path = server, attempt, args.out / HISTORY
         self.last = {name: Episode(name, 0, 0, 0., 0, 0.) for name in server.names}
         self.as_lines, self.display = args.log or not sys.stdout.isatty(), contextlib.nullcontext()
         if not self.as_lines:
             from rich.live import Live
             self.display = Live(get_renderable=self.table, refresh_per_second=2)
-        self.attempt("history.csv", self._write, "w", [Episode._fields])
+        self.attempt(HISTORY, self._write, "w", [Episode._fields])
 
     def _write(self, mode, rows):
         with open(self.path, mode, newline="") as file:
@@ -685,7 +688,7 @@ class Watch:
                     f"  mean of last 10 {e.mean_of_last_10:.1f}")
         if new:
             rows = [e._replace(seconds=f"{e.seconds:.3f}") for e in new]
-            self.attempt("history.csv", self._write, "a", rows)
+            self.attempt(HISTORY, self._write, "a", rows)
 
     def table(self):
         """Return the live table, as a rich renderable that fits into 80 columns and 24 lines."""
@@ -710,7 +713,7 @@ class Watch:
 def draw_learning_curve(server, out):
     """Draw history.csv: each worker's mean of its last 10 episodes over the steps of all."""
     from matplotlib.figure import Figure  # without pyplot it opens no window
-    rows = np.atleast_1d(np.genfromtxt(out / "history.csv", delimiter=",", names=True, dtype=None,
+    rows = np.atleast_1d(np.genfromtxt(out / HISTORY, delimiter=",", names=True, dtype=None,
                                        encoding="utf-8"))
     axes = Figure(figsize=(8, 5), dpi=100, layout="constrained").add_subplot()
     axes.axvspan(0, EPS_STEPS * server.workers / N_WORKERS, color="gold", alpha=.3,
