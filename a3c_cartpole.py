@@ -44,6 +44,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")     # and its notice of kern
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")    # compiles 0.2 s faster
 INSTALL = "on Python 3.10 to 3.13 this installs it: python -m pip install -r requirements.txt"
 sys.modules.setdefault("matplotlib", None)      # Keras would import it for plots: 0.45 s more
+host_collects = gc.isenabled()
 gc.disable()                                    # searching the imports for garbage: 0.4 s more
 try:
     import gymnasium as gym
@@ -57,7 +58,8 @@ except ImportError as missing:
     sys.exit(2)
 finally:
     gc.freeze()
-    gc.enable()
+    if host_collects:
+        gc.enable()
     if sys.modules["matplotlib"] is None:
         del sys.modules["matplotlib"]
 with contextlib.suppress(RuntimeError):     # a host that has started TensorFlow keeps its settings

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import PROGRAM, ROOT, program_environment, run_program
+from conftest import PROGRAM, ROOT, program_environment, run_program, run_python
 from moviepy import VideoFileClip
 
 EPISODE = re.compile(r"local_thread(\d+)  episode (\d+)  steps (\d+)  mean of last 10 (\d+\.\d)")
@@ -34,6 +34,16 @@ def test_importing_starts_nothing_builds_nothing_and_prints_nothing():
         [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("switch", ["enable", "disable"])
+def test_importing_leaves_the_garbage_collector_as_it_was(switch):
+    code = (
+        "import gc, sys; sys.path.insert(0, sys.argv[1]);"
+        f"gc.{switch}(); import a3c_cartpole; print(gc.isenabled())"
+    )
+    done = run_python("-c", code, ROOT, cwd=ROOT)
+    assert done.stdout.strip() == str(switch == "enable"), done.stderr
 
 
 def test_learns_and_says_so_in_the_one_line_that_tools_read(learned):
