@@ -41,7 +41,6 @@ import gymnasium as gym
 import keras
 import numpy as np
 import tensorflow as tf
-from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
@@ -83,7 +82,6 @@ class ParameterServer:
 
     Article: 「ParameterServer」, Fig. 2. Paper: the global parameters θ, θv and the counter T.
     θ and the mean square are replaced, never written to: who holds one reads on without a lock.
-    `seed`: of weights, agents, environments. `max_episodes`: of all workers together.
     """
 
     def __init__(self, *, env=ENV, workers=N_WORKERS, seed=None, max_episodes=20_000,
@@ -103,9 +101,9 @@ class ParameterServer:
         self.frames = 0                         # steps of all learning threads
         self.history = []                       # an Episode for each one that they finished
         self.counter_lock = threading.Lock()    # for these two: one lock for all halves the speed
-        self.started, self.failed = time.perf_counter(), []     # names of threads
-        self.stop = threading.Event()           # set when learning is over for any reason
-        self.is_learned = threading.Event()     # set when θ is the winner's and stays as it is
+        self.is_learned = threading.Event()     # θ is the winner's and stays as it is
+        self.stop = threading.Event()           # learning is over for any reason
+        self.started, self.failed = time.perf_counter(), []     # names of threads that failed
 
     def _build_model(self):
         """Define the network, Fig. 1: state (B, 4) → p of each action (B, 2), value V (B, 1)."""
@@ -138,9 +136,9 @@ class ParameterServer:
         return theta - LEARNING_RATE * gradient / tf.sqrt(mean_square + 1e-10), mean_square
 
     def apply_update(self, batch, local_theta):
-        """Let the gradient of a batch (B, 13) at θ' (W,) change θ; refused once learning is over.
+        """Let the gradient of a batch (B, 13) at θ' (W,) change θ; nothing once learning is over.
 
-        Raises FloatingPointError, and leaves θ as it was, if the loss or a weight were not finite.
+        Raises FloatingPointError, and leaves θ, if the loss or a weight would not be finite.
         """
         with self.update_lock:
             if self.stop.is_set():
@@ -149,7 +147,7 @@ class ParameterServer:
             updated = self.update_graph(tf.constant(packed)).numpy()
             if not np.isfinite(updated).all():
                 raise FloatingPointError(f"loss or a weight is not finite at step {self.frames}")
-            self.theta, self.mean_square, _ = np.split(updated, [len(local_theta), -1])
+            self.theta, self.mean_square = updated[:-1].reshape(2, -1)
             self.updates += 1
 
     def finish_episode(self, name, trial, step, mean):
@@ -176,7 +174,7 @@ class LocalBrain:
 
     def __init__(self, name, parameter_server):
         self.name, self.parameter_server = name, parameter_server
-        self.train_queue = [[], [], [], [], []]
+        self.train_queue, self.cut = [[], [], [], [], []], (None, None)     # see predict_p
         self.pull_parameter_server()
         if parameter_server.update_graph is None:       # one for all brains, and before any thread
             parameter_server.update_graph = self._build_graph()     # starts: tracing there races
@@ -185,8 +183,7 @@ class LocalBrain:
     def loss_total(p, v, a, r):
         """Loss of each sample (B, 1), from p (B, 2), V(s) (B, 1), a one-hot (B, 2) and R (B, 1).
 
-        Article: 「Actor-Critic」. Paper, section 4: log π(a|s; θ')·(R − V) and the entropy of π, to
-        be large, and (R − V)², to be small.
+        Article: 「Actor-Critic」. Paper, section 4: log π(a|s)·(R − V) + entropy up, (R − V)² down.
         """
         log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1, keepdims=True) + 1e-10)
         advantage = r - v
@@ -209,10 +206,9 @@ class LocalBrain:
         return loss, tape.gradient(loss, theta)
 
     def _build_graph(self):
-        """Compile an update: (batch, θ', θ, mean square) → (θ, mean square, loss).
+        """Compile an update, a pure function: (batch, θ', θ, mean square) → (θ, mean square, loss).
 
-        A pure function, from one vector that joins the four to one that joins the three: each
-        passage between NumPy and TensorFlow takes some 10 µs, the calculation itself 8.
+        From one vector to one: every array that passes between NumPy and TensorFlow takes 10 µs.
         """
         W = len(self.theta)
 
@@ -224,9 +220,8 @@ class LocalBrain:
             return tf.concat([theta, mean_square, [loss]], axis=0)
 
         example = tf.ones([BATCH_ROWS * sum(COLUMNS) + 3 * W])
-        graph = tf.function(update, jit_compile=True, autograph=False)
-        graph = graph.get_concrete_function(example)    # 100 µs a call faster than `graph` itself
-        graph(example)                                  # XLA compiles at the first call
+        graph = tf.function(update, jit_compile=True).get_concrete_function(example)
+        graph(example)      # XLA compiles at the first call
         return graph
 
     def pull_parameter_server(self):
@@ -239,24 +234,23 @@ class LocalBrain:
             self.parameter_server.theta = self.theta
 
     def update_parameter_server(self):
-        """Empty the queue into one RMSProp step on the server's weights; below MIN_BATCH, wait.
-
-        Raises FloatingPointError when the step leads to NaN or infinity.
-        """
-        s, a, r, s_, s_mask = self.train_queue
-        if len(s) < MIN_BATCH:
+        """Empty the queue into one step on the server's weights; below MIN_BATCH samples, wait."""
+        if len(self.train_queue[0]) < MIN_BATCH:
             return
+        s, a, r, s_, s_mask = self.train_queue
         self.train_queue = [[], [], [], [], []]
         batch = np.zeros((BATCH_ROWS, sum(COLUMNS)), np.float32)
         batch[:len(s)] = np.column_stack([s, a, r, s_, s_mask, np.ones(len(s))])
         self.parameter_server.apply_update(batch, self.theta)
 
     def predict_p(self, s):
-        """Probability of each action: s (B, 4) → p (B, 2), rows sum to 1.
+        """Probability of each action, s (B, 4) → p (B, 2), for any number of Dense relu layers.
 
-        In NumPy, for any number of Dense relu layers: 9 µs, where the Keras model takes 1600.
+        In NumPy: 7 µs, where the Keras model takes 1600.
         """
-        *hidden, kernel, bias, _, _ = self.parameter_server.unpack(self.theta)
+        if self.cut[0] is not self.theta:       # once a pull, not once a step
+            self.cut = self.theta, self.parameter_server.unpack(self.theta)
+        *hidden, kernel, bias, _, _ = self.cut[1]
         for k, b in zip(hidden[::2], hidden[1::2]):
             s = np.maximum(s @ k + b, 0)
         z = s @ kernel + bias
@@ -291,15 +285,14 @@ class Agent:
         """Choose an action for s (4,): at random by ε, else by p; `greedy`: the most probable."""
         if not greedy and self.random.random() < self.epsilon():
             return self.random.randrange(NUM_ACTIONS)
-        p = self.brain.predict_p(s[np.newaxis])[0]
-        return int(p.argmax()) if greedy else self.random.choices(range(NUM_ACTIONS), p)[0]
+        p = self.brain.predict_p(s[np.newaxis])[0].tolist()
+        return p.index(max(p)) if greedy else self.random.choices(range(NUM_ACTIONS), p)[0]
 
     def advantage_push_local_brain(self, s, a, r, s_):
         """Remember a step; hand the brain each sample whose n-step return is complete.
 
-        R = r0 + γ·r1 + … + γ^(n-1)·r(n-1) over the n steps remembered; the brain adds γ^n·V(s').
+        R = r0 + γ·r1 + … + γ^(n-1)·r(n-1); the brain adds γ^n·V(s'). Paper: Algorithm S3, R ← r+γR.
         At the episode's end (s_ is None) the memory runs empty, with ever shorter sums.
-        Paper: Algorithm S3, R ← r + γR.
         """
         a_cats = np.zeros(NUM_ACTIONS)
         a_cats[a] = 1
@@ -321,19 +314,15 @@ class Environment:
         self.total_reward_vec = np.zeros(10)            # steps of the last 10 episodes,
         self.thetas = collections.deque(maxlen=10)      # and θ' at the end of each
         self.count_trial_each_thread = 0
-        self.turn = self.following = queue.SimpleQueue()        # see learn; alone, it is always its
-        self.turn.put("your turn")
+        self.turn = self.next_turn = queue.SimpleQueue()        # alone, it is always its turn
+        self.turn.put("go")
 
     def run(self):
-        """Play one episode and return its steps, or None if learning was over before its end.
-
-        A learning thread updates the server and pulls from it every T_MAX steps and at the end.
-        """
+        """Play one episode; return its steps, or None if learning was over before its end."""
         server, agent, learning = self.parameter_server, self.agent, self.thread_type == "learning"
         agent.brain.pull_parameter_server()
-        first = self.count_trial_each_thread == 0
-        s, _ = self.env.reset(seed=agent.random.getrandbits(31) if first else None)
-        step, done = 0, False
+        seed = None if self.count_trial_each_thread else agent.random.getrandbits(31)
+        (s, _), step, done = self.env.reset(seed=seed), 0, False
         while not done:
             a = agent.act(s, greedy=not learning)
             s_, _, terminated, truncated, _ = self.env.step(a)
@@ -348,7 +337,7 @@ class Environment:
                     agent.brain.update_parameter_server()
                     agent.brain.pull_parameter_server()
                     if not done:
-                        self.following.put("your turn")
+                        self.next_turn.put("go")
                         self.turn.get()
                     if server.stop.is_set():
                         return None
@@ -366,10 +355,7 @@ class Environment:
 
 
 class WorkerThread:
-    """What a thread runs: a "learning" worker until learning is over, the "test" worker from then.
-
-    Article: 「Worker_Thread」.
-    """
+    """What a "learning" or the "test" thread runs. Article: 「Worker_Thread」."""
 
     def __init__(self, thread_name, thread_type, parameter_server):
         self.name, self.thread_type = thread_name, thread_type
@@ -377,24 +363,24 @@ class WorkerThread:
         self.environment = Environment(thread_name, thread_type, parameter_server)
 
     def run(self):
-        """Learn, until one has learned or one fails; or wait, play, and return steps an episode."""
-        server = self.parameter_server
+        """Learn until learning is over, or end it by failing; or wait for that, and play."""
+        server, environment = self.parameter_server, self.environment
         try:
             if self.thread_type == "test":
                 server.is_learned.wait()
-                return play(self.environment.run, server.test_episodes, self.name)
+                return play(environment.run, server.test_episodes, self.name)
             while not server.stop.is_set():
-                self.environment.turn.get()
-                self.environment.run()
-                self.environment.following.put("your turn")
+                environment.turn.get()
+                environment.run()
+                environment.next_turn.put("go")
         except Exception:
             server.failed.append(self.name)
-            if server.failed[0] == self.name:   # `threading` prints it, with the thread's name
+            if server.failed[0] == self.name:       # `threading` prints it with the thread's name
                 raise
         finally:
             server.stop.set()
-            self.environment.following.put("your turn")
-            self.environment.env.close()
+            environment.next_turn.put("go")
+            environment.env.close()
 
 
 def main(argv=None):
@@ -407,10 +393,8 @@ def main(argv=None):
         ("--max-episodes", dict(default=20_000, type=from_1, help="of all workers together")))
     with Run(args.out) as run:
         # M0. What all threads share
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")    # 0.2 s less
-        with contextlib.suppress(RuntimeError):     # a host that has started TensorFlow keeps its own
-            tf.config.threading.set_inter_op_parallelism_threads(1)     # 13k → 20k steps/s
-            tf.config.threading.set_intra_op_parallelism_threads(1)
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")    # set-up −0.3 s
+        os.environ.update(TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")   # steps/s +30 %
         server = ParameterServer(env=args.env, workers=args.workers, seed=args.seed, log=args.log,
                                  max_episodes=args.max_episodes, test_episodes=args.test_episodes)
 
@@ -419,7 +403,7 @@ def main(argv=None):
                    for i in range(0 if args.play else args.workers)]
         test = WorkerThread("test_thread", "test", server)
 
-        # M2. The learning workers run, each in a thread; what they learned is safe before all else
+        # M2. The learning workers run, each in a thread
         if args.play:
             server.theta = server.pack(load_weights(server.model, args.play).get_weights())
             server.is_learned.set()
@@ -436,9 +420,9 @@ def main(argv=None):
 
 def learn(server, workers, run):
     """M2: run the workers until learning is over, and keep what came of it, however it ended."""
-    if server.seed is not None:     # taking turns, any number of workers repeats to the last bit
+    if server.seed is not None:     # in turns, any number of workers repeats to the last bit
         for worker, following in zip(workers, workers[1:] + workers[:1]):
-            worker.environment.following = following.environment.turn
+            worker.environment.next_turn = following.environment.turn
         for worker in workers[1:]:
             worker.environment.turn.get()
     epsilon, server.started = workers[0].environment.agent.epsilon, time.perf_counter()
@@ -464,13 +448,15 @@ def parse_arguments(argv, description, out, *more):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = refuse
+    has_screen = sys.platform in ("darwin", "win32") or bool(
+        {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ})
     for option, keywords in (
             ("--seed", dict(type=from_0, help="repeats a run to the step")),
             ("--test-episodes", dict(type=from_0, default=10, help="episodes of the test")),
             ("--out", dict(type=Path, default=Path(out), metavar="DIR", help="where files go")),
             ("--play", dict(type=Path, metavar="WEIGHTS", help="do not learn, test this file")),
-            ("--render", dict(default=sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ,
-                              action=argparse.BooleanOptionalAction, help="show the test")),
+            ("--render", dict(action=argparse.BooleanOptionalAction, default=has_screen,
+                              help="show the test in a window")),
             ("--log", dict(default=not sys.stdout.isatty(), action="store_true",
                            help="a line for each episode, no table")), *more):
         parser.add_argument(option, **keywords)
@@ -503,7 +489,7 @@ def say(line):
 
 def say_episode(e):
     """Print an Episode as the article does."""
-    say(f"{e.thread}  episode {e.episode}  steps {e.steps}  mean of last 10 {e.mean_of_last_10:.1f}")
+    say("{}  episode {}  steps {}  mean of last 10 {:.1f}".format(*e))
 
 
 def run_threads(jobs, over):
@@ -530,7 +516,8 @@ def run_threads(jobs, over):
 
 def summary(learned, seconds, steps, episodes, workers, max_episodes, failed):
     """The line that says what came of learning, and that tools read."""
-    figures = f"{steps} steps, {episodes} episodes, {workers} workers, {steps / seconds:.0f} steps/s"
+    speed = steps / seconds
+    figures = f"{steps} steps, {episodes} episodes, {workers} workers, {speed:.0f} steps/s"
     if learned:
         return f"learned in {seconds:.1f} s: {figures}"
     if episodes >= max_episodes:
@@ -559,6 +546,7 @@ class Run:
             raise KeyboardInterrupt(number)
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)
+        gym.logger.min_level = gym.logger.ERROR     # v0 is old, earlier films are overwritten
         return self
 
     def __exit__(self, kind, error, _):
@@ -627,9 +615,9 @@ def live_table(history, limit, note, log=False):
         steps = history[-1].total_steps if history else 0
         numbers = [Column(heading, justify="right") for heading in
                    ("worker", "episodes", "last steps", "mean of last 10")]
-        table = Table(*numbers, f"0 to {limit}", box=None, caption_justify="left",
-                      caption=f"{steps} steps  {len(history)} episodes  {steps / seconds:.0f} steps/s"
-                      f"  {seconds:.1f} s  {note()}")
+        footer = (f"{steps} steps  {len(history)} episodes  {steps / seconds:.0f} steps/s"
+                  f"  {seconds:.1f} s  {note()}")
+        table = Table(*numbers, f"0 to {limit}", box=None, caption=footer, caption_justify="left")
         best = sorted(last.values(), key=lambda e: -e.mean_of_last_10)[:16]
         for e in sorted(best, key=lambda e: (len(e.thread), e.thread)):
             won = e.mean_of_last_10 > limit - 1
@@ -642,13 +630,14 @@ def live_table(history, limit, note, log=False):
 
 def draw_learning_curve(history, path, limit, title):
     """Draw each thread's mean of its last 10 episodes over the steps of all, the winner strong."""
-    from matplotlib.figure import Figure    # takes 0.3 s; without pyplot it opens no window
+    from matplotlib.figure import Figure  # takes 0.3 s; without pyplot it opens no window
     axes = Figure(figsize=(8, 5), dpi=100, layout="constrained").add_subplot()
     axes.axhline(limit - 1, color="black", linestyle="--", label=f"learned above {limit - 1}")
     for thread in {e.thread: None for e in history}:
-        curve = np.array([(e.total_steps, e.mean_of_last_10) for e in history if e.thread == thread])
-        won = curve[-1, 1] > limit - 1
-        axes.plot(*curve.T, linewidth=2.5 if won else .8, alpha=1 if won else .6,
+        steps, means = zip(*[(e.total_steps, e.mean_of_last_10) for e in history
+                             if e.thread == thread])
+        won = means[-1] > limit - 1
+        axes.plot(steps, means, linewidth=2.5 if won else .8, alpha=1 if won else .6,
                   zorder=3 if won else 2, label=f"{thread}, the first to learn" if won else None)
     axes.set(title=title, xlabel="steps of all workers", xlim=(0, None), ylim=(0, None),
              ylabel="steps an episode, mean of a worker's last 10")
@@ -668,7 +657,8 @@ def draw_network(model, path):
 def film(env, folder, name, shown):
     """Wrap an environment: each episode goes to a film and, if `shown`, to a window."""
     os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"    # else Mesa's LLVM crashes beside XLA's
-    gym.logger.min_level = gym.logger.ERROR             # an earlier run's films are replaced
+    if not shown:
+        os.environ["SDL_VIDEODRIVER"] = "dummy"         # CartPole draws with no screen, too
     env = gym.wrappers.RecordVideo(env, str(folder), lambda _: True, name_prefix=name)
     return gym.wrappers.HumanRendering(env) if shown else env
 
