@@ -220,9 +220,10 @@ class LocalBrain:
             return tf.concat([theta, mean_square, [loss]], axis=0)
 
         example = tf.ones([BATCH_ROWS * sum(COLUMNS) + 3 * W])
-        graph = tf.function(update, jit_compile=True).get_concrete_function(example)
-        graph(example)      # XLA compiles at the first call
-        return graph
+        graph = tf.function(update, jit_compile=True)
+        usual = graph.get_concrete_function(example)    # 100 µs a call faster than `graph` itself
+        usual(example)                                  # XLA compiles at the first call
+        return lambda packed: (usual if packed.shape == example.shape else graph)(packed)
 
     def pull_parameter_server(self):
         """Take over all weights from the server, as the latest update or push left them."""
@@ -239,7 +240,7 @@ class LocalBrain:
             return
         s, a, r, s_, s_mask = self.train_queue
         self.train_queue = [[], [], [], [], []]
-        batch = np.zeros((BATCH_ROWS, sum(COLUMNS)), np.float32)
+        batch = np.zeros((max(BATCH_ROWS, len(s)), sum(COLUMNS)), np.float32)
         batch[:len(s)] = np.column_stack([s, a, r, s_, s_mask, np.ones(len(s))])
         self.parameter_server.apply_update(batch, self.theta)
 
@@ -373,10 +374,6 @@ class WorkerThread:
                 environment.turn.get()
                 environment.run()
                 environment.next_turn.put("go")
-        except Exception:
-            server.failed.append(self.name)
-            if server.failed[0] == self.name:       # `threading` prints it with the thread's name
-                raise
         finally:
             server.stop.set()
             environment.next_turn.put("go")
@@ -428,7 +425,7 @@ def learn(server, workers, run):
     epsilon, server.started = workers[0].environment.agent.epsilon, time.perf_counter()
     try:
         with live_table(server.history, server.limit, lambda: f"ε {epsilon():.2f}", server.log):
-            run_threads({worker.name: worker.run for worker in workers}, server.stop)
+            run_threads({w.name: w.run for w in workers}, server.stop, server.failed)
     finally:
         learned, seconds = server.is_learned.is_set(), time.perf_counter() - server.started
         say(summary(learned, seconds, server.frames, len(server.history), server.workers,
@@ -492,14 +489,23 @@ def say_episode(e):
     say("{}  episode {}  steps {}  mean of last 10 {:.1f}".format(*e))
 
 
-def run_threads(jobs, over):
+def run_threads(jobs, over, failed):
     """Run {name: function} in threads until the event `over`; what hangs then is left after 2 s.
 
-    They share a core where the system can: Python runs one at a time, and to wake one on another
-    core takes longer (12k steps/s with 8 threads, not 22k).
+    The first that fails ends all, is shown, and named in `failed`. They share a core where the
+    system can: Python runs one at a time, and to wake one elsewhere takes longer (8: −30 %).
     """
+    def work(name):
+        try:
+            jobs[name]()
+        except Exception:
+            failed.append(name)
+            over.set()
+            if failed[0] == name:       # `threading` prints it, with the thread's name
+                raise
+
     core = ctypes.CDLL(None).sched_getcpu() if sys.platform == "linux" else None
-    threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in jobs.items()]
+    threads = [threading.Thread(target=work, args=[n], name=n, daemon=True) for n in jobs]
     try:
         for thread in threads:
             thread.start()
@@ -510,7 +516,7 @@ def run_threads(jobs, over):
     finally:
         over.set()
         end = time.perf_counter() + 2
-        for thread in threads:
+        for thread in filter(threading.Thread.is_alive, threads):
             thread.join(max(0, end - time.perf_counter()))
 
 
@@ -543,19 +549,20 @@ class Run:
 
     def __enter__(self):
         def interrupt(number, _frame):
-            raise KeyboardInterrupt(number)
+            self.signal = signal.Signals(number)
+            raise KeyboardInterrupt
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)
         gym.logger.min_level = gym.logger.ERROR     # v0 is old, earlier films are overwritten
         return self
 
-    def __exit__(self, kind, error, _):
+    def __exit__(self, kind, *_):
         for path in sorted(self.folder.iterdir()):
             if path.stat().st_mtime >= self.began - 1:      # some file systems keep whole seconds
                 say(f"wrote {path}")
         if kind is KeyboardInterrupt:
-            say(f"interrupted by {signal.Signals(error.args[0]).name}")
-            sys.exit(128 + error.args[0])
+            say(f"interrupted by {self.signal.name}")
+            sys.exit(128 + self.signal)
 
     @contextlib.contextmanager
     def attempt(self, product):
@@ -638,9 +645,9 @@ def draw_learning_curve(history, path, limit, title):
                              if e.thread == thread])
         won = means[-1] > limit - 1
         axes.plot(steps, means, linewidth=2.5 if won else .8, alpha=1 if won else .6,
-                  zorder=3 if won else 2, label=f"{thread}, the first to learn" if won else None)
-    axes.set(title=title, xlabel="steps of all workers", xlim=(0, None), ylim=(0, None),
-             ylabel="steps an episode, mean of a worker's last 10")
+                  zorder=3 if won else 2, label=f"{thread} has learned" if won else None)
+    axes.set(title=title, xlabel="steps in all", xlim=(0, None), ylim=(0, None),
+             ylabel="steps an episode, mean of the last 10")
     axes.legend(loc="lower right")
     axes.figure.savefig(path)
 

@@ -1,25 +1,40 @@
 """The n-step return: Agent.advantage_push_local_brain against sums done the long way round."""
 
+import collections
+import types
+
 import numpy as np
 import pytest
 
 import a3c_cartpole as a3c
 
-N, GAMMA = a3c.N_STEP_RETURN, a3c.GAMMA
 
+def test_n_step_return_is_the_discounted_sum_of_at_most_n_rewards():
+    agent = a3c.Agent.__new__(a3c.Agent)  # the agent alone: no server, no network
+    agent.memory, returns = collections.deque(), []
+    agent.brain = types.SimpleNamespace(train_push=lambda s, a, R, s_: returns.append(R))
+    rewards = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    for t in range(7):
+        s_ = np.zeros(4) if t < 6 else None  # None: the episode is over
+        agent.advantage_push_local_brain(np.zeros(4), 0, rewards[t], s_)
 
-class RecordingBrain:
-    def __init__(self):
-        self.samples = []
-
-    def train_push(self, s, a, r, s_):
-        self.samples.append((s, a, r, s_))
+    assert len(returns) == 7
+    for t in range(7):
+        R = 0.0
+        for k in range(a3c.N_STEP_RETURN):
+            if t + k < 7:
+                R += a3c.GAMMA**k * rewards[t + k]
+        assert returns[t] == pytest.approx(R)
 
 
 @pytest.fixture
-def agent(server):
-    agent = a3c.Agent("agent", server)
-    agent.brain = RecordingBrain()
+def agent():
+    """An agent without a server, whose brain keeps the samples it is handed."""
+    agent = a3c.Agent.__new__(a3c.Agent)
+    agent.memory, samples = collections.deque(), []
+    agent.brain = types.SimpleNamespace(
+        samples=samples, train_push=lambda *sample: samples.append(sample)
+    )
     return agent
 
 
@@ -31,13 +46,10 @@ def play(agent, rewards, first_state=0):
 
 
 def brute_force(rewards, first_state=0):
-    """Every sample an episode must give: s, a, R, s' (None at the end)."""
-    samples = []
+    """Every sample an episode must give: number of s, a, R, number of s' (None at the end)."""
+    N, samples = a3c.N_STEP_RETURN, []
     for t in range(len(rewards)):
-        following = rewards[t : t + N]
-        total = 0.0
-        for k in range(len(following)):
-            total += GAMMA**k * following[k]
+        total = sum(a3c.GAMMA**k * r for k, r in enumerate(rewards[t : t + N]))
         went_on = t + N < len(rewards)
         samples.append((first_state + t, t % 2, total, first_state + t + N if went_on else None))
     return samples
@@ -55,7 +67,9 @@ def assert_same(samples, expected):
             np.testing.assert_array_equal(s_, np.full(4, float(next_state)))
 
 
-def test_returns_of_a_seven_step_episode_computed_by_hand(agent):
+def test_returns_of_a_seven_step_episode_computed_by_hand(agent, monkeypatch):
+    monkeypatch.setattr(a3c, "N_STEP_RETURN", 5)
+    monkeypatch.setattr(a3c, "GAMMA", 0.99)
     play(agent, [1, 2, 3, 4, 5, 6, 7])
     g = 0.99
     by_hand = [
@@ -96,9 +110,9 @@ def test_two_episodes_in_a_row_do_not_mix(agent, rng, lengths):
 
 
 def test_sample_is_pushed_as_soon_as_its_n_rewards_are_known(agent):
-    state = np.zeros(4)
+    N = a3c.N_STEP_RETURN
     for step in range(1, 21):
-        agent.advantage_push_local_brain(state, 0, 0.0, state)
+        agent.advantage_push_local_brain(np.zeros(4), 0, 0.0, np.zeros(4))
         assert len(agent.brain.samples) == max(0, step - N + 1)
         assert len(agent.memory) == min(step, N - 1)
 
@@ -107,8 +121,10 @@ def test_no_drift_over_100_000_steps(agent, rng):
     rewards = rng.normal(size=100_000).tolist()
     play(agent, rewards)
     returns = np.array([r for _, _, r, _ in agent.brain.samples])
-    padded = np.append(rewards, np.zeros(N))
-    expected = sum(GAMMA**k * padded[k : k + len(rewards)] for k in range(N))
+    padded = np.append(rewards, np.zeros(a3c.N_STEP_RETURN))
+    expected = sum(
+        a3c.GAMMA**k * padded[k : k + len(rewards)] for k in range(a3c.N_STEP_RETURN)
+    )
     np.testing.assert_allclose(returns, expected, rtol=0, atol=1e-12)
 
 
@@ -119,25 +135,37 @@ def test_article_recursion_agrees_on_ordinary_episodes(agent, rng, length):
     waiting, R, returns = [], 0.0, []
     for t, r in enumerate(rewards):  # the article's formula: one running R, divided and reduced
         waiting.append(r)
-        R = (R + r * GAMMA**N) / GAMMA
+        R = (R + r * a3c.GAMMA**a3c.N_STEP_RETURN) / a3c.GAMMA
         if t + 1 == length:
             while waiting:
                 returns.append(R)
-                R = (R - waiting.pop(0)) / GAMMA
-        elif len(waiting) >= N:
+                R = (R - waiting.pop(0)) / a3c.GAMMA
+        elif len(waiting) >= a3c.N_STEP_RETURN:
             returns.append(R)
             R -= waiting.pop(0)
     assert [r for _, _, r, _ in agent.brain.samples] == pytest.approx(returns, rel=1e-9, abs=1e-9)
 
 
-def test_queue_of_a_real_brain_holds_zeros_and_mask_0_at_the_end(server):
-    agent = a3c.Agent("agent", server)
-    play(agent, [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
-    s, a, r, s_, mask = agent.brain.train_queue
-    assert mask == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    np.testing.assert_array_equal(s_[0], np.full(4, 5.0))
-    np.testing.assert_array_equal(s_[1], np.full(4, 6.0))
-    np.testing.assert_array_equal(s_[2:], np.zeros((5, 4)))
-    np.testing.assert_array_equal(np.array(s)[:, 0], np.arange(7))
-    np.testing.assert_array_equal(np.array(a)[:, 1], np.arange(7) % 2)
-    assert r == pytest.approx([0.0, 0.0, 0.99**4, 0.99**3, 0.99**2, 0.99, 1.0])
+def test_target_of_each_step_is_r_plus_gamma_to_the_n_times_v_of_s_n_steps_later(server):
+    """From Agent to the update in one piece: the change of θ is that of targets done by hand."""
+    agent, rewards = a3c.Agent("agent", server), [0.0, 0.5, 0.0, 0.25, 0.0, 0.0, 1.0]
+    states = np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32)
+    for t, r in enumerate(rewards):
+        agent.advantage_push_local_brain(states[t], t % 2, r, states[t + 1] if t < 6 else None)
+
+    values = server.model(states)[1].numpy()[:, 0]
+    N, targets = a3c.N_STEP_RETURN, []
+    for t in range(7):
+        R = sum(a3c.GAMMA**k * r for k, r in enumerate(rewards[t : t + N]))
+        targets.append(R + a3c.GAMMA**N * values[t + N] if t + N < 7 else R)
+    twin = a3c.LocalBrain("twin", server)
+    for t in range(7):
+        twin.train_push(states[t], np.eye(2)[t % 2], targets[t], None)
+
+    theta, mean_square = server.theta, server.mean_square
+    agent.brain.update_parameter_server()
+    after_agent = server.theta
+    server.theta, server.mean_square = theta, mean_square
+    twin.update_parameter_server()
+    assert np.abs(after_agent - theta).max() > 1e-4
+    np.testing.assert_allclose(after_agent, server.theta, rtol=0, atol=1e-6)
