@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 PROGRAM = ROOT / "a3c_cartpole.py"
+MOVIE = Path("movie", "A3C")  # where a run leaves its files, below the folder it ran in
+GIVEN = {**os.environ}  # before the program's import adds to it
 
 import a3c_cartpole as a3c  # noqa: E402
 
@@ -29,6 +32,22 @@ def server():
 @pytest.fixture
 def brain(server):
     return a3c.LocalBrain("brain", server)
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory):
+    """A run of eight workers that learned, with two test episodes, and the folder of its files."""
+    folder = tmp_path_factory.mktemp("learned")
+    run = run_program("--seed", 3, "--test-episodes", 2, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return run, folder / MOVIE
+
+
+@pytest.fixture(scope="session")
+def given_up(tmp_path_factory):
+    """A run of eight workers that ends at its limit, and the folder of its files."""
+    folder = tmp_path_factory.mktemp("given_up")
+    return run_program("--seed", 3, "--max-episodes", 40, cwd=folder), folder / MOVIE
 
 
 @pytest.fixture
@@ -69,15 +88,6 @@ def fill_queue(brain, rng, samples, terminal_share=0.3):
     return s, a, r, s_ * mask[:, None], mask
 
 
-def make_batch(s, a, r, s_, mask):
-    """Join sample arrays into the (B, 13) that LocalBrain.gradients takes."""
-    return np.hstack([s, a, r[:, None], s_, mask[:, None], np.ones((len(s), 1))]).astype(np.float32)
-
-
-def random_weights(rng, model, scale=1.0):
-    return [rng.normal(size=w.shape, scale=scale).astype(np.float32) for w in model.get_weights()]
-
-
 def forward(weights, s):
     """The network in plain NumPy, float64: p (B, 2) and V (B,)."""
     *hidden, kernel, bias, v_kernel, v_bias = [np.asarray(w, np.float64) for w in weights]
@@ -88,9 +98,16 @@ def forward(weights, s):
     return p / p.sum(axis=1, keepdims=True), (s @ v_kernel + v_bias)[:, 0]
 
 
+def frames_of(film):
+    """Every frame of a film, decoded, as arrays (height, width, 3)."""
+    frames = imageio_ffmpeg.read_frames(str(film))
+    width, height = next(frames)["size"]
+    return [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in frames]
+
+
 def program_environment(**extra):
-    """This process's environment, without a screen unless a test brings one."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    """What this process was given, without a screen unless a test brings one."""
+    environment = {k: v for k, v in GIVEN.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     return {**environment, **extra}
 
 
@@ -101,12 +118,33 @@ def run_program(*arguments, **options):
 
 def run_python(*arguments, cwd, timeout=120, **environment):
     """Run Python in a process of its own to its end; return what it printed and its status."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-        env=program_environment(**environment),
-    )
+    process = start_python(*arguments, cwd=cwd, **environment)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start_python(*arguments, cwd, **environment):
+    """Start Python in a process of its own, whose lines can be read as they come."""
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-u", *map(str, arguments)], cwd=cwd, text=True,
+                            encoding="utf-8", env=program_environment(**environment), **pipes)
+
+
+def patched(patch):
+    """Python's arguments to run the program after some lines that break or look at something.
+
+    When `main` is over, however, the names of the threads that are left go to the file `alive`.
+    """
+    return "-c", f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import os, signal, threading, time
+import a3c_cartpole as a3c
+{patch}
+try:
+    sys.exit(a3c.main(sys.argv[1:]))
+finally:
+    a3c.Path("alive").write_text(" ".join(thread.name for thread in threading.enumerate()))
+"""
