@@ -52,6 +52,7 @@ ENV = "CartPole-v0"
 NUM_STATES = 4          # position (m), velocity (m/s) of the cart; angle (rad), rad/s of the pole
 NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
 NONE_STATE = np.zeros(NUM_STATES)       # stands for s' where the episode is over
+ONE_HOT = np.eye(NUM_ACTIONS)           # row a stands for action a
 
 # -- constants of LocalBrain
 MIN_BATCH = 5           # samples; fewer wait in the queue for the next update
@@ -146,7 +147,7 @@ class ParameterServer:
             if self.stop.is_set():
                 return
             packed = np.concatenate([batch.ravel(), local_theta, self.theta, self.mean_square])
-            updated = self.update_graph(tf.constant(packed)).numpy()
+            updated = self.update_graph(packed).numpy()
             if not np.isfinite(updated).all():
                 raise FloatingPointError(f"loss or a weight is not finite at step {self.frames}")
             self.theta, self.mean_square = updated[:-1].reshape(2, -1)
@@ -221,11 +222,11 @@ class LocalBrain:
             theta, mean_square = self.parameter_server.rmsprop(theta, mean_square, gradient)
             return tf.concat([theta, mean_square, [loss]], axis=0)
 
-        example = tf.ones([BATCH_ROWS * sum(COLUMNS) + 3 * W])
+        example = np.ones(BATCH_ROWS * sum(COLUMNS) + 3 * W, np.float32)
         graph = tf.function(update, jit_compile=True)
-        usual = graph.get_concrete_function(example)    # 100 µs a call faster than `graph` itself
-        usual(example)                                  # XLA compiles at the first call
-        return lambda packed: (usual if packed.shape == example.shape else graph)(packed)
+        usual = graph.get_concrete_function(tf.constant(example))   # 100 µs faster than `graph`
+        usual(tf.constant(example))                                 # XLA compiles at first call
+        return lambda packed: (usual if len(packed) == len(example) else graph)(tf.constant(packed))
 
     def pull_parameter_server(self):
         """Take over all weights from the server, as the latest update or push left them."""
@@ -301,9 +302,7 @@ class Agent:
         R = r0 + γ·r1 + … + γ^(n-1)·r(n-1); the brain adds γ^n·V(s'). Paper: Algorithm S3, R ← r+γR.
         At the episode's end (s_ is None) the memory runs empty, with ever shorter sums.
         """
-        a_cats = np.zeros(NUM_ACTIONS)
-        a_cats[a] = 1
-        self.memory.append((s, a_cats, r, s_))
+        self.memory.append((s, ONE_HOT[a], r, s_))
         while len(self.memory) >= N_STEP_RETURN or (s_ is None and self.memory):
             R = sum(GAMMA ** k * r_k for k, (_, _, r_k, _) in enumerate(self.memory))
             s0, a0, _, _ = self.memory.popleft()

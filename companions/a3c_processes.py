@@ -283,7 +283,7 @@ def start_ray(address):
         except (OSError, ValueError, OverflowError) as error:
             common.refuse(f"argument --address: no Ray cluster at {address!r} ({error}); "
                           "`ray start --head --port 6379` starts one")
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal")   # no chatter
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     terminate = signal.getsignal(signal.SIGTERM)
     ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False,
              runtime_env={"env_vars": WORKER_ENVIRONMENT}, **own)

@@ -80,8 +80,8 @@ def test_table_csv_and_picture_of_the_family(tmp_path, capsys, family):
         "a3c_processes": "0 of 0",
     }
     row = rows["a3c_cartpole"]
-    assert 0 < float(row["cold start s"]) < 60 and int(row["lines of code"]) > 300
-    assert (row["steps"], row["episodes"], row["steps/s"]) == ("100", "7", "40.0")
+    assert 0 <= float(row["cold start s"]) < 60 and int(row["lines of code"]) > 300
+    assert [float(row[name]) for name in ("steps", "episodes", "steps/s")] == [100, 7, 40]
     assert row["test mean"] == "150.0" and row["failed"] == ""
     assert rows["a3c_processes"]["failed"] == "seed 1: status 1: x.py: error: Ray is missing"
     for name in rows:

@@ -256,6 +256,7 @@ def test_workers_run_on_both_nodes_and_end_by_sigterm_or_by_the_end_of_the_serve
         arguments = tmp_path, "--num-process", "2", "--address", cluster.address
         with running(*arguments) as run:
             assert read_until(run, "workers:") == "workers: 2, machines: 2\n"
+            read_until(run, "worker_2  episode 1 ")
             run.terminate()
             out, err = run.communicate()
         assert run.returncode == 143 and "interrupted by SIGTERM" in out and not err, err
