@@ -2,8 +2,8 @@
 
 The constants are RL Zoo's, https://github.com/DLR-RM/rl-baselines3-zoo (hyperparams/a2c.yml …).
 `python -m companions.peers A2C` stops by the rule of a3c_cartpole.py, says what came of it in the
-same lines and writes the same history.csv. companions/compare.py and tests/benchmark.py run it,
-and time it and all else by `cold_start`. Nothing large is imported until a peer learns: a process
+same lines and writes the same history.csv. tests/benchmark.py runs it,
+and times it and all else by `cold_start`. Nothing large is imported until a peer learns: a process
 counts its peak memory from what its parent held when it began.
 """
 import argparse
