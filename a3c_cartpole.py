@@ -397,7 +397,7 @@ def main(argv=None):
     with Run(args.out) as run:
         # M0. What all threads share
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")    # set-up −0.3 s
-        os.environ.update(TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")   # steps/s +30 %
+        os.environ.update(TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")   # steps/s +50 %
         server = ParameterServer(env=args.env, workers=args.workers, seed=args.seed, log=args.log,
                                  max_episodes=args.max_episodes, test_episodes=args.test_episodes)
 
@@ -498,7 +498,7 @@ def run_threads(jobs, over, failed):
     """Run {name: function} in threads until the event `over`; what hangs then is left after 2 s.
 
     The first that fails ends all, is shown, and named in `failed`. They share a core where the
-    system can: Python runs one at a time, and to wake one elsewhere takes longer (8: −30 %).
+    system can: Python runs one at a time, and waking one elsewhere takes longer (8: half as fast).
     """
     def work(name):
         try:
