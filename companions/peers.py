@@ -11,7 +11,6 @@ import collections
 import importlib.util
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -150,12 +149,6 @@ def by_outcome(name, runs):
     parted = {name: [run for run in runs if run["learned"]],
               f"{name}, not learned": [run for run in runs if not run["learned"]]}
     return {title: alike for title, alike in parted.items() if alike}
-
-
-def median(runs, figure):
-    """Median of a figure over the runs that have it, to one decimal, or None."""
-    values = [run[figure] for run in runs if figure in run]
-    return round(statistics.median(values), 1) if values else None
 
 
 if __name__ == "__main__":

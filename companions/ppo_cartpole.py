@@ -230,7 +230,6 @@ def main(argv=None):
     args = base.parse_arguments(
         argv, "Learn CartPole with PPO, then film what was learned.", "movie/ppo_cartpole",
         ("--episodes", dict(default=EPISODES, type=base.from_1, help="to learn in, at the most")))
-    gym.logger.min_level = gym.logger.ERROR     # Gymnasium would say that v0 is out of date
     with contextlib.suppress(RuntimeError):     # a host that has started TensorFlow keeps its own
         tf.config.threading.set_intra_op_parallelism_threads(1)     # 0.22 ms an iteration, not 0.32
     with base.Run(args.out) as run:
