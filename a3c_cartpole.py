@@ -26,6 +26,7 @@ import itertools
 import os
 import queue
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -394,30 +395,30 @@ def main(argv=None):
                        help="200 or 500 steps; no other, for the rewards are CartPole's")),
         ("--workers", dict(default=N_WORKERS, type=from_1, help="learning threads")),
         ("--max-episodes", dict(default=20_000, type=from_1, help="of all workers together")))
-    with Run(args.out) as run:
-        # M0. What all threads share
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")    # set-up −0.3 s
-        os.environ.update(TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")   # steps/s +50 %
-        server = ParameterServer(env=args.env, workers=args.workers, seed=args.seed, log=args.log,
-                                 max_episodes=args.max_episodes, test_episodes=args.test_episodes)
+    run = Run(args.out)
+    # M0. What all threads share
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")    # set-up −0.3 s
+    os.environ.update(TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")   # steps/s +50 %
+    server = ParameterServer(env=args.env, workers=args.workers, seed=args.seed, log=args.log,
+                             max_episodes=args.max_episodes, test_episodes=args.test_episodes)
 
-        # M1. The workers
-        workers = [WorkerThread(f"local_thread{i + 1}", "learning", server)
-                   for i in range(0 if args.play else args.workers)]
-        test = WorkerThread("test_thread", "test", server)
+    # M1. The workers
+    workers = [WorkerThread(f"local_thread{i + 1}", "learning", server)
+               for i in range(0 if args.play else args.workers)]
+    test = WorkerThread("test_thread", "test", server)
 
-        # M2. The learning workers run, each in a thread
-        if args.play:
-            server.theta = server.pack(load_weights(server.model, args.play).get_weights())
-            server.is_learned.set()
-        else:
-            learn(server, workers, run)
+    # M2. The learning workers run, each in a thread
+    if args.play:
+        server.theta = server.pack(load_weights(server.model, args.play).get_weights())
+        server.is_learned.set()
+    else:
+        learn(server, workers, run)
 
-        # M3. The test worker runs on the main thread: macOS opens windows nowhere else
-        if server.is_learned.is_set():
-            with run.attempt("test"):
-                test.environment.env = film(test.environment.env, args.out, "A3C", args.render)
-                test.run()
+    # M3. The test worker runs on the main thread: macOS opens windows nowhere else
+    if server.is_learned.is_set():
+        with run.attempt("test"):
+            test.environment.env = film(test.environment.env, args.out, "A3C", args.render)
+            test.run()
     return 0 if server.is_learned.is_set() and not (server.failed or run.lost) else 1
 
 
@@ -520,9 +521,8 @@ def run_threads(jobs, over, failed):
             pass
     finally:
         over.set()
-        end = time.perf_counter() + 2
         for thread in filter(threading.Thread.is_alive, threads):
-            thread.join(max(0, end - time.perf_counter()))
+            thread.join(2 / len(threads))
 
 
 def summary(learned, seconds, steps, episodes, workers, max_episodes, failed):
@@ -538,36 +538,27 @@ def summary(learned, seconds, steps, episodes, workers, max_episodes, failed):
 
 
 class Run:
-    """What a script leaves in a folder, and how it ends; to be used by `with`.
+    """What a script leaves in a folder, and how it ends: Ctrl-C and SIGTERM exit with 130 and 143.
 
-    Ctrl-C and SIGTERM raise KeyboardInterrupt in the block, and then end the program with a line
-    and status 130 or 143. `lost`: what failed; each costs a line on stderr.
+    They run every `finally` on their way. `lost`: what failed; each costs a line on stderr.
     """
 
     def __init__(self, folder):
-        self.folder, self.lost, self.began = folder, [], time.time()
+        self.folder, self.lost = folder, []
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             refuse(f"argument --out: {error}; name a folder that can be created and written")
-
-    def __enter__(self):
-        def interrupt(number, _frame):
-            self.signal = signal.Signals(number)
-            raise KeyboardInterrupt
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, interrupt)
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, self.interrupt)
         gym.logger.min_level = gym.logger.ERROR     # v0 is old, earlier films are overwritten
-        return self
 
-    def __exit__(self, kind, *_):
-        for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.stat().st_mtime >= self.began - 1:   # may be whole seconds
-                say(f"wrote {path}")
-        if kind is KeyboardInterrupt:
-            say(f"interrupted by {self.signal.name}")
-            sys.exit(128 + self.signal)
+    def interrupt(self, number, _frame):
+        """End the main thread, and so the program."""
+        say(f"interrupted by {signal.Signals(number).name}")
+        self.status = 128 + number
+        sys.exit(self.status)
 
     @contextlib.contextmanager
     def attempt(self, product):
@@ -592,7 +583,12 @@ class Run:
             draw_learning_curve(history, self.folder / "learning_curve.png", limit, title)
         for name, model in models.items():
             with self.attempt(f"{name}.png"):
-                draw_network(model, self.folder / f"{name}.png")
+                try:
+                    keras.utils.plot_model(model, self.folder / f"{name}.png", show_shapes=True,
+                                           show_layer_names=True)
+                except ImportError as error:    # without pydot or Graphviz
+                    say(f"no {name}.png: {error}")
+        say(f"all files are in {self.folder}")
 
 
 def save_weights(model, path):
@@ -600,11 +596,8 @@ def save_weights(model, path):
     part = path.with_name("part.h5")
     with tempfile.TemporaryDirectory() as folder:   # there first: HDF5 crashes on a full disk
         model.save_weights(Path(folder, path.name))
-        try:
-            part.write_bytes(Path(folder, path.name).read_bytes())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        shutil.copyfile(Path(folder, path.name), part)
+    os.replace(part, path)
 
 
 def load_weights(model, path):
@@ -657,15 +650,6 @@ def draw_learning_curve(history, path, limit, title):
              ylabel="steps an episode, mean of the last 10")
     axes.legend(loc="lower right")
     axes.figure.savefig(path)
-
-
-def draw_network(model, path):
-    """Draw the network where pydot and Graphviz are, elsewhere say so and list its layers."""
-    try:
-        keras.utils.plot_model(model, path, show_shapes=True, show_layer_names=True)
-    except ImportError:
-        say(f"no {path.name}, the picture of the network: it takes pydot and Graphviz")
-        model.summary(print_fn=say, line_length=80)
 
 
 def film(env, folder, name, shown):

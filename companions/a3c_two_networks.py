@@ -225,24 +225,24 @@ def main(argv=None):
         argv, "Learn CartPole with A3C of two networks, then film it.", "movie/a3c_two_networks",
         ("--episodes", dict(type=base.from_1, default=EPISODES, help="of all, at the most")))
     os.environ.update(TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")   # update −30 %
-    with base.Run(args.out) as run:
-        a3c = A3C(args.seed, args.log)
-        if args.play:
-            a3c.load(args.play)
-        else:
-            try:
-                with base.live_table(a3c.history, LIMIT, lambda: f"{a3c.updates} updates", a3c.log):
-                    a3c.train(args.episodes, N_THREAD, UPDATE_ITER)
-            finally:
-                base.say(base.summary(a3c.learned, time.perf_counter() - a3c.started, a3c.steps,
-                                      len(a3c.history), N_THREAD, args.episodes, a3c.failed))
-                a3c.save(run)
-        if args.play or a3c.learned:
-            with run.attempt("test"):
-                env = gym.make(ENV, render_mode="rgb_array", disable_env_checker=True)
-                env.reset(seed=args.seed)
-                with base.film(env, args.out, "A3C", args.render) as env:
-                    base.play(lambda: a3c.play(env), args.test_episodes, "test")
+    run = base.Run(args.out)
+    a3c = A3C(args.seed, args.log)
+    if args.play:
+        a3c.load(args.play)
+    else:
+        try:
+            with base.live_table(a3c.history, LIMIT, lambda: f"{a3c.updates} updates", a3c.log):
+                a3c.train(args.episodes, N_THREAD, UPDATE_ITER)
+        finally:
+            base.say(base.summary(a3c.learned, time.perf_counter() - a3c.started, a3c.steps,
+                                  len(a3c.history), N_THREAD, args.episodes, a3c.failed))
+            a3c.save(run)
+    if args.play or a3c.learned:
+        with run.attempt("test"):
+            env = gym.make(ENV, render_mode="rgb_array", disable_env_checker=True)
+            env.reset(seed=args.seed)
+            with base.film(env, args.out, "A3C", args.render) as env:
+                base.play(lambda: a3c.play(env), args.test_episodes, "test")
     return 0 if (args.play or a3c.learned) and not (a3c.failed or run.lost) else 1
 
 

@@ -222,27 +222,27 @@ def main(argv=None):
     args = a3c.parse_arguments(
         argv, "Learn CartPole with DQN, then film what was learned.", "movie/dqn_cartpole",
         ("--episodes", dict(default=N_EPISODES, type=a3c.from_1, help="to learn in, at the most")))
-    with a3c.Run(args.out) as run:
-        dqn = DQN(args.episodes, args.seed, args.log)
-        if args.play:
-            dqn.best = dqn.pack(a3c.load_weights(dqn.model, args.play).get_weights())
-        else:
-            table = a3c.live_table(dqn.history, MAX_STEPS, lambda: f"ε {dqn.eps:.4f}", args.log)
-            try:
-                with run.attempt("learning"), table:
-                    dqn.learn()
-            finally:
-                a3c.say(a3c.summary(dqn.is_learned, time.perf_counter() - dqn.started, dqn.steps,
-                                    len(dqn.history), 1, args.episodes, run.lost))
-                dqn.model.set_weights(dqn.unpack(dqn.best))
-                run.keep({"DQN": dqn.model}, dqn.is_learned, dqn.history, MAX_STEPS, ENV)
-                with run.attempt("training_scores.png"):
-                    dqn.plot_training_scores(run.folder / "training_scores.png")
-        with run.attempt("test"):       # of the best in any case: few runs ever meet the rule
-            env = gym.make(ENV, disable_env_checker=True, render_mode="rgb_array")
-            env.reset(seed=dqn.random.getrandbits(31))
-            with a3c.film(env, args.out, "DQN", args.render) as env:
-                a3c.play(lambda: dqn.run(env), args.test_episodes, "DQN")
+    run = a3c.Run(args.out)
+    dqn = DQN(args.episodes, args.seed, args.log)
+    if args.play:
+        dqn.best = dqn.pack(a3c.load_weights(dqn.model, args.play).get_weights())
+    else:
+        table = a3c.live_table(dqn.history, MAX_STEPS, lambda: f"ε {dqn.eps:.4f}", args.log)
+        try:
+            with run.attempt("learning"), table:
+                dqn.learn()
+        finally:
+            a3c.say(a3c.summary(dqn.is_learned, time.perf_counter() - dqn.started, dqn.steps,
+                                len(dqn.history), 1, args.episodes, run.lost))
+            dqn.model.set_weights(dqn.unpack(dqn.best))
+            run.keep({"DQN": dqn.model}, dqn.is_learned, dqn.history, MAX_STEPS, ENV)
+            with run.attempt("training_scores.png"):
+                dqn.plot_training_scores(run.folder / "training_scores.png")
+    with run.attempt("test"):       # of the best in any case: few runs ever meet the rule
+        env = gym.make(ENV, disable_env_checker=True, render_mode="rgb_array")
+        env.reset(seed=dqn.random.getrandbits(31))
+        with a3c.film(env, args.out, "DQN", args.render) as env:
+            a3c.play(lambda: dqn.run(env), args.test_episodes, "DQN")
     return 0 if (args.play or dqn.is_learned) and not run.lost else 1
 
 

@@ -232,16 +232,16 @@ def main(argv=None):
         ("--episodes", dict(default=EPISODES, type=base.from_1, help="to learn in, at the most")))
     with contextlib.suppress(RuntimeError):     # a host that has started TensorFlow keeps its own
         tf.config.threading.set_intra_op_parallelism_threads(1)     # 0.22 ms an iteration, not 0.32
-    with base.Run(args.out) as run:
-        model = PVNet(args.seed)
-        agent = Agent(base.load_weights(model, args.play) if args.play else model, args.seed)
-        learned = bool(args.play) or learn(agent, args, run)
-        if learned:
-            with run.attempt("test"):
-                env = gym.make(ENV, disable_env_checker=True, render_mode="rgb_array")
-                env.reset(seed=agent.random.getrandbits(31))
-                with base.film(env, args.out, "PPO", args.render) as env:
-                    base.play(lambda: run_episode(env, agent), args.test_episodes, "PPO")
+    run = base.Run(args.out)
+    model = PVNet(args.seed)
+    agent = Agent(base.load_weights(model, args.play) if args.play else model, args.seed)
+    learned = bool(args.play) or learn(agent, args, run)
+    if learned:
+        with run.attempt("test"):
+            env = gym.make(ENV, disable_env_checker=True, render_mode="rgb_array")
+            env.reset(seed=agent.random.getrandbits(31))
+            with base.film(env, args.out, "PPO", args.render) as env:
+                base.play(lambda: run_episode(env, agent), args.test_episodes, "PPO")
     return 0 if learned and not run.lost else 1
 
 

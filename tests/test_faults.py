@@ -130,7 +130,7 @@ def test_signal_while_learning_ends_all_threads_and_keeps_what_was_reached(
     read_until(process, "local_thread")
     ended, out, err = interrupt(process, number)
     assert (ended, err) == (status, "")
-    assert out.splitlines()[-1] == f"interrupted by {number.name}"
+    assert f"\ninterrupted by {number.name}\n" in out
     assert_kept_unfinished(tmp_path / MOVIE, episodes_said(out, "interrupted"))
     assert (tmp_path / "alive").read_text() == "MainThread"
 
@@ -179,7 +179,7 @@ a3c.Agent.act = slow"""
     assert (ended, err) == (status, "")
     (steps,) = [int(n) for n in re.findall(r"test_thread  episode \d+  steps (\d+)", out)]
     assert f"test: mean of 1 episodes {steps}.0 steps" in out
-    assert out.splitlines()[-1] == f"interrupted by {number.name}"
+    assert f"\ninterrupted by {number.name}\n" in out
     for film, frames in ("A3C-episode-0.mp4", steps + 1), ("A3C-episode-1.mp4", 230 - steps):
         assert len(frames_of(tmp_path / MOVIE / film)) in (frames - 1, frames)  # moviepy rounds
 
@@ -215,7 +215,6 @@ a3c.keras.Model.save_weights = full"""
     assert lost[:3] == ["weights", "history.csv", "learning_curve.png"]
     assert lost[3:] in ([], ["A3C.png"])  # without Graphviz there is no picture to lose
     assert (folder / UNFINISHED).read_text() == "earlier weights"
-    assert not list(folder.glob("part*"))
 
 
 NO_FFMPEG = {"IMAGEIO_FFMPEG_EXE": "/no/ffmpeg", "PATH": "/no"}

@@ -60,7 +60,7 @@ def test_learns_and_says_so_in_the_one_line_that_tools_read(learned):
     run, _ = learned
     lines, episodes = run.stdout.splitlines(), episodes_of(run)
     summary = LEARNED.fullmatch(lines[len(episodes)])
-    assert [line for line in lines if "learned" in line and "wrote" not in line] == [summary[0]]
+    assert [line for line in lines if "learned" in line] == [summary[0]]
     seconds, steps, count, workers, speed = map(float, summary.groups())
     assert (count, workers) == (len(episodes), 8)
     # beside the finished episodes' steps there are only those that each thread had begun
@@ -101,14 +101,13 @@ def assert_shows_upright_pole(frame):
     assert (frame[290:310].max(axis=2) < 80).sum() > 200
 
 
-def test_last_lines_are_the_paths_of_all_files_written(learned):
+def test_run_leaves_its_products_and_no_more_and_says_where(learned):
     run, folder = learned
     products = {"A3C.weights.h5", "history.csv", "learning_curve.png"}
     films = {"A3C-episode-0.mp4", "A3C-episode-1.mp4"}
     written = {path.name for path in folder.iterdir()}
     assert products | films <= written <= products | films | {"A3C.png"}
-    wrote = [f"wrote {MOVIE / name}" for name in sorted(written)]
-    assert run.stdout.splitlines()[-len(wrote) :] == wrote
+    assert f"\nall files are in {MOVIE}\n" in run.stdout
 
 
 def test_play_tests_the_weights_of_a_run_without_learning_and_replaces_its_films(learned, tmp_path):
@@ -183,8 +182,7 @@ def test_64_workers_take_part_in_cartpole_v1_and_all_end(tmp_path):
     assert {thread for thread, *_ in episodes_of(run)} == set(range(1, 65))
     assert ", 192 episodes, 64 workers, " in run.stdout
     assert (tmp_path / "alive").read_text() == "MainThread"
-    # and the network, which cannot be drawn here, is described
-    assert run.stdout.count("pydot and Graphviz") == 1 and "hidden (Dense)" in run.stdout
+    assert re.search("^no A3C.png: .*pydot", run.stdout, re.M)
     assert not (tmp_path / MOVIE / "A3C.png").exists()
 
 

@@ -75,9 +75,9 @@ def test_network_is_drawn_or_its_absence_is_said(given_up):
     if (folder / "A3C.png").exists():
         image = matplotlib.image.imread(folder / "A3C.png")
         assert min(image.shape[:2]) > 50 and image.std() > 0.01
-        assert "Graphviz" not in run.stdout
+        assert "no A3C.png" not in run.stdout
     else:
-        assert run.stdout.count("pydot and Graphviz") == 1 and "hidden (Dense)" in run.stdout
+        assert re.search("^no A3C.png: .*(pydot|graphviz)", run.stdout, re.M)
 
 
 @pytest.mark.parametrize("won", [True, False])
@@ -122,6 +122,5 @@ def test_terminal_gets_the_table_and_log_gets_the_lines(tmp_path, arguments):
     done = run_python("-c", code, *program, cwd=tmp_path)
     assert done.returncode == 1 and "not learned within 40 episodes" in done.stdout
     assert len(EPISODE.findall(done.stdout)) == (40 if arguments else 0)
-    while_learning = done.stdout.split("not learned")[0]  # then, without Graphviz, come layers
     for part in "last steps", "━", " 40 episodes  ":
-        assert (part in while_learning) == (not arguments)
+        assert (part in done.stdout) == (not arguments)
