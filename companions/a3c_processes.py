@@ -221,18 +221,19 @@ def make_env(frame_num, wrap=lambda env: env, **options):
 
 def start_ray(address):
     """Start Ray on this machine, or join the cluster at `address`; if there is none, status 2."""
-    own = dict(include_dashboard=False, object_store_memory=10**8)      # bytes
-    if address:     # first, for Ray itself takes two minutes to give up
-        try:
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except (OSError, ValueError, OverflowError) as error:
-            base.refuse(f"argument --address: no Ray cluster at {address!r} ({error}); "
-                        "`ray start --head --port 6379` starts one")
+    own = {} if address else dict(include_dashboard=False, object_store_memory=10**8)   # bytes
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     terminate = signal.getsignal(signal.SIGTERM)
-    ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False,
-             runtime_env={"env_vars": WORKER_ENVIRONMENT}, **({} if address else own))
+    try:
+        if address:     # Ray itself takes two minutes to give up
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()
+        ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False,
+                 runtime_env={"env_vars": WORKER_ENVIRONMENT}, **own)
+    except Exception as error:
+        cause = " ".join(str(error).split())[:200]
+        base.refuse(f"argument --address: no Ray cluster at {address!r} ({cause}); `ray start "
+                    "--head --port 6379` starts one" if address else f"Ray does not start: {cause}")
     signal.signal(signal.SIGTERM, terminate)        # Ray has put its own there
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])     # sent to other machines
 
@@ -247,6 +248,16 @@ def answer(calls):
         raise error.cause from None
 
 
+def start_actors(theta, args):
+    """Start the server, and workers all over the cluster; return it, and their calls of train."""
+    server = ray.remote(num_cpus=0)(Server).remote(theta, args)
+    worker = ray.remote(num_cpus=.001, scheduling_strategy="SPREAD", max_restarts=-1,
+                        max_task_retries=-1)(Worker)    # Ray spreads only what takes some
+    workers = [worker.remote(rank, args) for rank in range(args.num_process)]
+    answer([worker.__ray_ready__.remote() for worker in workers])
+    return server, [worker.train.remote(server) for worker in workers]  # again in a new process
+
+
 def learn(policy, args, run):
     """Run server and workers until learning is over, and keep what came of it; True if learned."""
     history, calls, lost, steps, learned, over = [], [], 0, 0, False, False
@@ -254,12 +265,7 @@ def learn(policy, args, run):
     try:
         with run.attempt("learning"), base.live_table(
                 history, LIMIT, lambda: f"{args.num_process} processes", args.log):
-            server = ray.remote(num_cpus=0)(Server).remote(policy.theta, args)
-            worker = ray.remote(num_cpus=.001, scheduling_strategy="SPREAD", max_restarts=-1,
-                                max_task_retries=-1)(Worker)    # Ray spreads only what takes some
-            workers = [worker.remote(rank, args) for rank in range(args.num_process)]
-            answer([worker.__ray_ready__.remote() for worker in workers])
-            calls = [worker.train.remote(server) for worker in workers]     # again in a new process
+            server, calls = start_actors(policy.theta, args)
             began = time.perf_counter()
             while not over:
                 answer(ray.wait(calls, timeout=.5)[0])
@@ -275,17 +281,17 @@ def learn(policy, args, run):
                 with run.attempt("weights"):
                     saver.look(theta, steps, max([row[3] for row in new], default=0))
             if learned:
-                policy.sync(theta)
+                (args.out / f"{NAME}.unfinished.weights.h5").unlink(missing_ok=True)
     except SystemExit:                  # Ray makes its status 1
         sys.exit(run.status)
     finally:
         if calls:
             server.end.remote()         # else Ray complains of calls that were cut short
             ray.wait(calls, num_returns=len(calls), timeout=2)
-        seconds = time.perf_counter() - began
+        ray.shutdown()
         most = len(history) if steps >= args.epoch else args.episodes
-        base.say(base.summary(learned, seconds, steps, len(history), args.num_process, most,
-                              run.lost))
+        base.say(base.summary(learned, time.perf_counter() - began, steps, len(history),
+                              args.num_process, most, run.lost))
         policy.model.set_weights(policy.weights)
         run.keep({NAME: policy.model}, learned, history, LIMIT,
                  f"A3C on {ENV}, {args.num_process} processes")
@@ -323,10 +329,7 @@ def main(argv=None):
         policy.weights = base.load_weights(policy.model, args.play).get_weights()
     else:
         start_ray(args.address)
-        try:
-            learned = learn(policy, args, run)
-        finally:
-            ray.shutdown()
+        learned = learn(policy, args, run)
     if learned:
         with run.attempt("test"):
             env = make_env(args.frame_num, lambda env: base.film(env, args.out, NAME, args.render),

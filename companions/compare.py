@@ -141,8 +141,8 @@ def draw(runs, path):
                           alpha=.12, linewidth=0)
         axes.plot(steps, np.median(shares, axis=0), line, color=colour, marker="o",
                   markevery=[-1], label=f"{label} (limit {limit})")
-    axes.set(xscale="log", ylim=(0, 1.02), xlabel="steps of the environment, of all workers",
-             ylabel="share of the limit that the pole stands")
+    axes.set(xscale="log", xlim=(100, None), xlabel="steps of the environment, of all workers",
+             ylim=(0, 1.02), ylabel="share of the limit that the pole stands")
     axes.set_title("Mean of the best worker's last ten episodes: median of the seeds, and range")
     if axes.lines:
         axes.legend(loc="upper left")
@@ -166,8 +166,8 @@ def table(runs, failed):
         outcomes = peers.by_outcome(name, some) or ({name: []} if file in failed else {})
         for title, alike in outcomes.items():
             figures = [median(alike, figure) for figure in COLUMNS[2:7]]
-            rows.append([title, f"{learned} of {len(some)}", *figures, lines_of_code(file),
-                         failed.get(file)])
+            count = None if learned and title != name else f"{learned} of {len(some)}"  # said above
+            rows.append([title, count, *figures, lines_of_code(file), failed.get(file)])
     return rows
 
 
