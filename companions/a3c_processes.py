@@ -78,20 +78,21 @@ class Server:
 
     def __init__(self, theta, args):
         self.theta, self.mean_square, self.args = theta, np.zeros_like(theta), args     # (W,)
-        self.global_t, self.learned, self.over, self.began = 0, False, False, None
+        self.global_t, self.learned, self.over, self.began = 0, False, False, time.perf_counter()
         self.last = [collections.deque([(0, theta)] * 10, 10) for _ in range(args.num_process)]
-        self.history, self.known, self.lost = [], set(), []     # Episodes; ranks of workers
+        self.best, self.history, self.joined = (0, theta), [], []   # see report
 
-    def update(self, rank, gradient=None, steps=0, length=None):
-        """Let a worker's gradient (W,) over so many steps change θ; return θ, and if it is over.
+    def join(self, rank):
+        """Let a worker begin, or begin anew: θ (W,), and if learning is over."""
+        self.joined.append(rank)
+        return self.theta, self.over
 
-        `length`: steps of the episode that ended with them. Without a gradient θ is only read.
+    def update(self, rank, gradient, steps, length=None):
+        """Let a worker's gradient (W,) over so many steps change θ; return what `join` does.
+
+        `length`: steps of the episode that ended with them.
         """
-        if gradient is None:
-            self.lost += {rank} & self.known        # it was here before
-            self.known.add(rank)
-            self.began = self.began or time.perf_counter()
-        elif not self.over:
+        if not self.over:
             self.global_t += steps
             self.step(gradient)
             if length:
@@ -112,6 +113,7 @@ class Server:
         count = 1 + sum(row[0] == name for row in self.history)
         seconds = round(time.perf_counter() - self.began, 3)
         self.history.append((name, count, length, float(mean), self.global_t, seconds))
+        self.best = max(self.best, (mean, self.theta), key=lambda best: best[0])
         self.learned = bool(mean > LIMIT - 1)
         if self.learned:
             self.theta = np.mean([theta for _, theta in self.last[rank]], axis=0)
@@ -121,10 +123,11 @@ class Server:
         """End learning for all workers."""
         self.over = True
 
-    def report(self, episodes, lost):
-        """What is new after so many episodes and lost workers; θ, steps, if learned, if over."""
-        news = self.history[episodes:], self.lost[lost:]
-        return *news, self.theta, self.global_t, self.learned, self.over
+    def report(self, episodes):
+        """Rows after so many episodes, who joined, the θ to keep, steps, if learned, if over."""
+        best = self.args.save_mode == "max" and not self.learned
+        theta = self.best[1] if best else self.theta
+        return self.history[episodes:], self.joined, theta, self.global_t, self.learned, self.over
 
 
 class Worker:
@@ -143,7 +146,7 @@ class Worker:
         Raises FloatingPointError, before θ has suffered, if a gradient is not finite.
         """
         T, step, o = self.args.local_t_max, 0, self.env.reset(seed=self.random.getrandbits(31))[0]
-        theta, over = ray.get(server.update.remote(self.rank))
+        theta, over = ray.get(server.join.remote(self.rank))
         while not over:
             self.local_policy.sync(theta)
             observations, actions, rewards, done = [], [], [], False
@@ -194,25 +197,6 @@ def returns(rewards, R):
     return result
 
 
-class Saver:
-    """Post: 「save_mode」. Puts into a Policy the θ worth keeping, and at times into a file."""
-
-    def __init__(self, policy, mode, folder):
-        self.policy, self.mode, self.folder = policy, mode, folder
-        self.best, self.saved = 0, time.monotonic()
-
-    def look(self, theta, steps, mean):
-        """Take θ as it is after so many steps; in mode max only if `mean` is the best so far."""
-        if self.mode != "max" or mean > self.best:
-            self.policy.sync(theta)
-            self.best = mean
-        if time.monotonic() >= self.saved + SAVE_SECONDS:
-            self.saved = time.monotonic()
-            self.policy.model.set_weights(self.policy.weights)
-            name = f"{NAME}.{steps if self.mode == 'all' else 'unfinished'}.weights.h5"
-            base.save_weights(self.policy.model, self.folder / name)
-
-
 def make_env(frame_num, wrap=lambda env: env, **options):
     """CartPole that shows its last frames at once, the oldest first, as (4 · frame_num,)."""
     env = wrap(gym.make(ENV, disable_env_checker=True, **options))
@@ -223,7 +207,6 @@ def start_ray(address):
     """Start Ray on this machine, or join the cluster at `address`; if there is none, status 2."""
     own = {} if address else dict(include_dashboard=False, object_store_memory=10**8)   # bytes
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    terminate = signal.getsignal(signal.SIGTERM)
     try:
         if address:     # Ray itself takes two minutes to give up
             host, _, port = address.rpartition(":")
@@ -234,7 +217,6 @@ def start_ray(address):
         cause = " ".join(str(error).split())[:200]
         base.refuse(f"argument --address: no Ray cluster at {address!r} ({cause}); `ray start "
                     "--head --port 6379` starts one" if address else f"Ray does not start: {cause}")
-    signal.signal(signal.SIGTERM, terminate)        # Ray has put its own there
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])     # sent to other machines
 
 
@@ -249,39 +231,40 @@ def answer(calls):
 
 
 def start_actors(theta, args):
-    """Start the server, and workers all over the cluster; return it, and their calls of train."""
-    server = ray.remote(num_cpus=0)(Server).remote(theta, args)
+    """Start workers all over the cluster, and the server; return it, and their calls of train."""
     worker = ray.remote(num_cpus=.001, scheduling_strategy="SPREAD", max_restarts=-1,
                         max_task_retries=-1)(Worker)    # Ray spreads only what takes some
     workers = [worker.remote(rank, args) for rank in range(args.num_process)]
     answer([worker.__ray_ready__.remote() for worker in workers])
+    server = ray.remote(num_cpus=0)(Server).remote(theta, args)
     return server, [worker.train.remote(server) for worker in workers]  # again in a new process
 
 
 def learn(policy, args, run):
     """Run server and workers until learning is over, and keep what came of it; True if learned."""
-    history, calls, lost, steps, learned, over = [], [], 0, 0, False, False
-    saver, began = Saver(policy, args.save_mode, args.out), time.perf_counter()
+    history, calls, steps, lost, learned, over = [], [], 0, 0, False, False
+    began = saved = time.perf_counter()
     try:
         with run.attempt("learning"), base.live_table(
                 history, LIMIT, lambda: f"{args.num_process} processes", args.log):
             server, calls = start_actors(policy.theta, args)
-            began = time.perf_counter()
+            began = saved = time.perf_counter()
             while not over:
                 answer(ray.wait(calls, timeout=.5)[0])
-                new, again, theta, steps, learned, over = answer(
-                    server.report.remote(len(history), lost))
-                for rank in again:
+                rows, joined, theta, steps, learned, over = answer(
+                    server.report.remote(len(history)))
+                policy.sync(theta)
+                for rank in joined[args.num_process + lost:]:
                     base.say(f"worker_{rank + 1} was lost; Ray has started it anew")
-                for row in new:
+                    lost += 1
+                for row in rows:
                     history.append(base.Episode(*row))
                     if args.log:
                         base.say_episode(history[-1])
-                lost += len(again)
-                with run.attempt("weights"):
-                    saver.look(theta, steps, max([row[3] for row in new], default=0))
-            if learned:
-                (args.out / f"{NAME}.unfinished.weights.h5").unlink(missing_ok=True)
+                if time.perf_counter() > saved + SAVE_SECONDS:
+                    saved = time.perf_counter()
+                    with run.attempt("weights"):
+                        save(policy, steps, args)
     except SystemExit:                  # Ray makes its status 1
         sys.exit(run.status)
     finally:
@@ -296,6 +279,13 @@ def learn(policy, args, run):
         run.keep({NAME: policy.model}, learned, history, LIMIT,
                  f"A3C on {ENV}, {args.num_process} processes")
     return learned
+
+
+def save(policy, steps, args):
+    """Write weights while learning goes on; only mode all leaves the earlier ones."""
+    name = f"{NAME}.{steps if args.save_mode == 'all' else 'unfinished'}.weights.h5"
+    policy.model.set_weights(policy.weights)
+    base.save_weights(policy.model, args.out / name)
 
 
 def play(policy, env):
@@ -329,6 +319,7 @@ def main(argv=None):
         policy.weights = base.load_weights(policy.model, args.play).get_weights()
     else:
         start_ray(args.address)
+        signal.signal(signal.SIGTERM, run.interrupt)    # Ray has put its own there
         learned = learn(policy, args, run)
     if learned:
         with run.attempt("test"):

@@ -27,7 +27,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /
 def options(**changed):
     return argparse.Namespace(**{**dict(
         seed=7, num_process=2, local_t_max=5, entropy_beta=.01, v_loss_coeff=.5, frame_num=4,
-        lr=7e-4, epoch=1000, episodes=100), **changed})
+        lr=7e-4, epoch=1000, episodes=100, save_mode="last"), **changed})
 
 
 @pytest.fixture
@@ -118,7 +118,6 @@ def test_frames_begin_as_the_first_one_repeated_and_then_move_up():
 def test_ten_full_episodes_of_one_worker_end_learning_with_the_mean_of_their_ten_theta():
     server = processes.Server(np.zeros(3), options(epoch=10**9))
     server.step = lambda gradient: setattr(server, "theta", gradient)
-    server.update(0)
     for n in range(10):
         assert server.update(1, np.full(3, 50.), 5, length=199)[1] is False
         theta, over = server.update(0, np.full(3, n), 5, length=200)
@@ -126,42 +125,43 @@ def test_ten_full_episodes_of_one_worker_end_learning_with_the_mean_of_their_ten
     assert server.learned and (theta == 4.5).all()
     after, over = server.update(1, np.full(3, 50.), 5, length=200)
     assert over and (after == 4.5).all() and server.global_t == 100
-    rows = server.report(0, 0)[0]
+    rows = server.report(0)[0]
     assert rows[-1][:-1] == ("worker_1", 10, 200, 200, 100)
-    assert len(rows) == 20 and server.report(19, 0)[0] == rows[19:]
+    assert len(rows) == 20 and server.report(19)[0] == rows[19:]
 
 
 @pytest.mark.parametrize("limits", [dict(epoch=20), dict(episodes=2)])
 def test_learning_ends_unlearned_after_its_steps_or_episodes(limits):
     server = processes.Server(np.zeros(3), options(**limits))
-    server.update(0)
     ends = [server.update(0, np.ones(3), 10, length=10)[1] for _ in range(2)]
     assert ends == [False, True] and not server.learned
 
 
-def test_worker_that_begins_a_second_time_is_told_once():
-    server = processes.Server(np.zeros(3), options())
-    for rank in 0, 1, 1:
-        server.update(rank)
-    assert server.report(0, 0)[1] == [1] and server.report(0, 1)[1] == []
-
-
 # -- save modes
 
-@pytest.mark.parametrize("mode, kept, names", [
-    ("last", 3, ["a3c_processes.unfinished"]),
-    ("max", 2, ["a3c_processes.unfinished"]),
-    ("all", 3, ["a3c_processes.10", "a3c_processes.20", "a3c_processes.30"])])
-def test_save_mode_decides_which_weights_are_kept(mode, kept, names, policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "SAVE_SECONDS", 0)
-    saver = processes.Saver(policy, mode, tmp_path)
-    for n, mean in (1, 20), (2, 50), (3, 40):
-        saver.look(np.full_like(policy.theta, n), 10 * n, mean)
-    assert (policy.weights[0] == kept).all()
+@pytest.mark.parametrize("mode, kept", [("last", 3), ("all", 3), ("max", 2)])
+def test_save_mode_max_keeps_the_theta_of_the_best_mean_until_one_has_learned(mode, kept):
+    server = processes.Server(np.ones(3), options(epoch=10**9, save_mode=mode))
+    server.step = lambda gradient: setattr(server, "theta", gradient)
+    for n, rank, length in (1, 0, 20), (2, 1, 50), (3, 0, 20):
+        server.update(rank, np.full(3, n), 5, length)
+    assert (server.report(0)[2] == kept).all()
+    for _ in range(10):
+        server.update(1, np.full(3, 7), 5, length=200)
+    assert (server.report(0)[2] == 7).all()
+
+
+@pytest.mark.parametrize("mode, names", [
+    ("last", ["unfinished"]), ("max", ["unfinished"]), ("all", ["10", "20"])])
+def test_save_mode_all_leaves_every_file(mode, names, policy, tmp_path):
+    arguments = options(save_mode=mode, out=tmp_path)
+    for n in 1, 2:
+        policy.sync(np.full_like(policy.theta, n))
+        processes.save(policy, 10 * n, arguments)
     files = sorted(tmp_path.iterdir())
-    assert [file.name for file in files] == [f"{name}.weights.h5" for name in names]
+    assert [file.name for file in files] == [f"a3c_processes.{name}.weights.h5" for name in names]
     policy.model.load_weights(files[-1])
-    assert (policy.model.get_weights()[0] == kept).all()
+    assert (policy.model.get_weights()[0] == 2).all()
 
 
 # -- runs, with Ray
