@@ -265,6 +265,8 @@ def learn(policy, args, run):
                     saved = time.perf_counter()
                     with run.attempt("weights"):
                         save(policy, steps, args)
+            if learned:
+                (args.out / f"{NAME}.unfinished.weights.h5").unlink(missing_ok=True)
     except SystemExit:                  # Ray makes its status 1
         sys.exit(run.status)
     finally:
@@ -325,7 +327,7 @@ def main(argv=None):
         with run.attempt("test"):
             env = make_env(args.frame_num, lambda env: base.film(env, args.out, NAME, args.render),
                            render_mode="rgb_array")
-            env.reset(seed=args.seed)
+            env.unwrapped.reset(seed=args.seed)     # below the film, which begins with a reset
             with env:
                 base.play(lambda: play(policy, env), args.test_episodes, "test")
     return 0 if learned and not run.lost else 1

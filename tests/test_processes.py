@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, frames_of, run_python
 
 ray = pytest.importorskip("ray")
 from companions import a3c_processes as processes  # noqa: E402
@@ -274,6 +275,18 @@ def test_no_cluster_at_the_address_is_one_line_and_status_2(tmp_path):
         run = run_python(FILE, "--address", wrong, cwd=tmp_path)
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
         assert f"no Ray cluster at {wrong!r}" in run.stderr
+
+
+def test_play_films_each_episode_of_the_test_from_its_first_frame(tmp_path, policy):
+    policy.model.save_weights(tmp_path / "a3c_processes.weights.h5")
+    run = run_python(FILE, "--play", "a3c_processes.weights.h5", "--out", "out", "--test-episodes",
+                     2, "--no-render", cwd=tmp_path)
+    steps = [int(n) for n in re.findall(r"test  episode \d  steps (\d+)", run.stdout)]
+    assert (run.returncode, run.stderr, len(steps)) == (0, "", 2)
+    films = sorted((tmp_path / "out").iterdir())
+    assert [film.name for film in films] == [f"a3c_processes-episode-{n}.mp4" for n in (0, 1)]
+    for film, n in zip(films, steps):
+        assert len(frames_of(film)) in (n, n + 1)       # moviepy rounds
 
 
 def test_without_ray_one_line_says_how_to_install_it_and_status_2(tmp_path):
