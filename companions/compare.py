@@ -190,8 +190,7 @@ def show(rows):
     shown = COLUMNS if any(row[-1] for row in rows) else COLUMNS[:-1]
     table = Table(*[Column(name, no_wrap=name != "failed") for name in shown], box=None)
     for row in rows:
-        cells = ["-" if cell is None else f"{cell:.1f}" if isinstance(cell, float) and cell < 1000
-                 else f"{cell:.0f}" if isinstance(cell, float) else str(cell) for cell in row]
+        cells = ["-" if cell is None else str(cell).removesuffix(".0") for cell in row]
         table.add_row(*cells[:len(shown)])
     console.print(table, markup=False)
 
