@@ -10,15 +10,14 @@
 
 The program of the article 「【強化学習】実装しながら学ぶA3C【CartPoleで棒立て:1ファイルで完結】」
 (Sugulu, 2017, https://qiita.com/sugulu/items/acbc909dd9b74b043e45) for today's libraries, with its
-classes, methods and constants in its order; README.md lists every difference. "The paper" is Mnih
-et al., https://arxiv.org/abs/1602.01783, whose Algorithm S3 this is, by way of Jaromír Janisch's
+classes, methods and constants in its order; README.md lists the differences. "The paper" is Mnih
+et al., https://arxiv.org/abs/1602.01783, whose Algorithm S3 it follows, as Jaromír Janisch's
 "Let's make an A3C", https://jaromiru.com/2017/02/16/lets-make-an-a3c-theory/.
 `python a3c_cartpole.py` learns, then films the learned policy; `--help` lists the options.
 Shapes in comments: B samples in a batch, W weights in the network (131), all in one vector θ.
 """
 import argparse
 import bisect
-import collections
 import contextlib
 import ctypes
 import functools
@@ -26,13 +25,13 @@ import itertools
 import os
 import queue
 import random
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 import warnings
+from collections import deque, namedtuple
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -76,9 +75,9 @@ EPS_START = .5          # share of random actions at the first step,
 EPS_END = 0.            # and from EPS_STEPS on; linear in between
 EPS_STEPS = 200 * N_WORKERS     # steps of all threads together
 
-# -- what an update is given: rows of s, a one-hot, R, s', mask of s', and 1 (0 only fills up)
+# -- a batch: columns of s, a one-hot, R, s', mask of s', and 1 (0 where a row only fills up)
 COLUMNS = [NUM_STATES, NUM_ACTIONS, 1, NUM_STATES, 1, 1]
-BATCH_ROWS = MIN_BATCH - 1 + T_MAX + N_STEP_RETURN - 1      # samples, the most it can find
+BATCH_ROWS = MIN_BATCH - 1 + T_MAX + N_STEP_RETURN - 1      # the most samples that can wait
 
 
 class ParameterServer:
@@ -96,7 +95,7 @@ class ParameterServer:
         self._model = self._build_model()
         weights = self._model.get_weights()
         ends = np.cumsum([0] + [weight.size for weight in weights])
-        self.places = [(slice(*ends[i:i + 2]), w.shape) for i, w in enumerate(weights)]
+        self.places = [(slice(a, b), w.shape) for a, b, w in zip(ends, ends[1:], weights)]
         self.theta = self.pack(weights)                 # (W,), the one truth about the weights
         self.mean_square = np.ones_like(self.theta)     # (W,), of gradients; 1 as in TensorFlow 1
         self.update_graph = None                # see LocalBrain._build_graph
@@ -104,7 +103,7 @@ class ParameterServer:
         self.update_lock = threading.Lock()     # one after the other, or some would be lost
         self.frames = 0                         # steps of all learning threads
         self.history = []                       # an Episode for each one that they finished
-        self.counter_lock = threading.Lock()    # for these two: one lock for all halves the speed
+        self.counter_lock = threading.Lock()    # of frames and history; one for all: half as fast
         self.is_learned = threading.Event()     # θ is the winner's and stays as it is
         self.stop = threading.Event()           # learning is over for any reason
         self.started, self.failed = time.perf_counter(), []     # names of threads that failed
@@ -130,7 +129,7 @@ class ParameterServer:
         return np.concatenate([weight.ravel() for weight in weights])
 
     def unpack(self, theta, reshape=np.ndarray.reshape):
-        """Cut a vector (W,) into kernels and biases, in the model's order."""
+        """Cut a vector (W,) into kernels and biases; tf.reshape does so to a tensor."""
         return [reshape(theta[place], shape) for place, shape in self.places]
 
     @staticmethod
@@ -187,7 +186,7 @@ class LocalBrain:
     def loss_total(p, v, a, r):
         """Loss of each sample (B, 1), from p (B, 2), V(s) (B, 1), a one-hot (B, 2) and R (B, 1).
 
-        Article: 「Actor-Critic」. Paper, section 4: log π(a|s)·(R − V) + entropy up, (R − V)² down.
+        Article: 「Actor-Critic」. Paper, section 4: log π·(R − V) up, (R − V)² and Σ p·log p down.
         """
         log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1, keepdims=True) + 1e-10)
         advantage = r - v
@@ -276,7 +275,7 @@ class Agent:
     """
 
     def __init__(self, name, parameter_server):
-        self.parameter_server, self.memory = parameter_server, collections.deque()
+        self.parameter_server, self.memory = parameter_server, deque()
         self.brain = LocalBrain(name, parameter_server)
         seed = parameter_server.seed
         self.random = random.Random(None if seed is None else f"{seed} {name}")     # no one else's
@@ -294,8 +293,8 @@ class Agent:
         p = self.brain.predict_p(s[np.newaxis])[0].tolist()
         if greedy:
             return p.index(max(p))
-        *bounds, _ = itertools.accumulate(p)        # 1 µs less than random.choices
-        return bisect.bisect(bounds, self.random.random())
+        *bounds, _ = itertools.accumulate(p)        # random.choices(range(NUM_ACTIONS), p)[0]
+        return bisect.bisect(bounds, self.random.random())      # does the same, 5 % slower in all
 
     def advantage_push_local_brain(self, s, a, r, s_):
         """Remember a step; hand the brain each sample whose n-step return is complete.
@@ -319,9 +318,9 @@ class Environment:
                             render_mode="rgb_array" if thread_type == "test" else None)
         self.agent = Agent(name, parameter_server)
         self.total_reward_vec = np.zeros(10)            # steps of the last 10 episodes,
-        self.thetas = collections.deque(maxlen=10)      # and θ' at the end of each
+        self.thetas = deque(maxlen=10)      # and θ' at the end of each
         self.count_trial_each_thread = 0
-        self.turn = self.next_turn = queue.SimpleQueue()        # alone, it is always its turn
+        self.turn = self.next_turn = queue.SimpleQueue()    # always its own turn, but see learn
         self.turn.put("go")
 
     def run(self):
@@ -370,11 +369,10 @@ class WorkerThread:
         self.environment = Environment(thread_name, thread_type, parameter_server)
 
     def run(self):
-        """Learn until learning is over, or end it by failing; or wait for that, and play."""
+        """Learn until learning is over, or end it by failing; the test worker plays."""
         server, environment = self.parameter_server, self.environment
         try:
             if self.thread_type == "test":
-                server.is_learned.wait()
                 return play(environment.run, server.test_episodes, self.name)
             while not server.stop.is_set():
                 environment.turn.get()
@@ -419,7 +417,7 @@ def main(argv=None):
         with run.attempt("test"):
             test.environment.env = film(test.environment.env, args.out, "A3C", args.render)
             test.run()
-    return 0 if server.is_learned.is_set() and not (server.failed or run.lost) else 1
+    return 0 if server.is_learned.is_set() and not run.lost else 1
 
 
 def learn(server, workers, run):
@@ -429,7 +427,7 @@ def learn(server, workers, run):
             worker.environment.next_turn = following.environment.turn
         for worker in workers[1:]:
             worker.environment.turn.get()
-    epsilon, server.started = workers[0].environment.agent.epsilon, time.perf_counter()
+    server.started, epsilon = time.perf_counter(), workers[0].environment.agent.epsilon
     try:
         with live_table(server.history, server.limit, lambda: f"ε {epsilon():.2f}", server.log):
             run_threads({w.name: w.run for w in workers}, server.stop, server.failed)
@@ -443,8 +441,7 @@ def learn(server, workers, run):
 
 # -- all that is not A3C: it knows nothing of what stands above, and other scripts import it -------
 
-Episode = collections.namedtuple(
-    "Episode", "thread episode steps mean_of_last_10 total_steps seconds")
+Episode = namedtuple("Episode", "thread episode steps mean_of_last_10 total_steps seconds")
 
 
 def parse_arguments(argv, description, out, *more):
@@ -499,7 +496,7 @@ def run_threads(jobs, over, failed):
     """Run {name: function} in threads until the event `over`; what hangs then is left after 2 s.
 
     The first that fails ends all, is shown, and named in `failed`. They share a core where the
-    system can: Python runs one at a time, and waking one elsewhere takes longer (8: half as fast).
+    system can: Python runs one at a time, and waking one elsewhere takes longer.
     """
     def work(name):
         try:
@@ -517,24 +514,24 @@ def run_threads(jobs, over, failed):
             thread.start()
             with contextlib.suppress(AttributeError, OSError):
                 os.sched_setaffinity(thread.native_id, {core})
-        while not over.wait(.1):    # without end Windows would not let Ctrl-C through
+        while not over.wait(.1):    # a wait without end would keep Ctrl-C out on Windows
             pass
     finally:
         over.set()
+        end = time.monotonic() + 2
         for thread in filter(threading.Thread.is_alive, threads):
-            thread.join(2 / len(threads))
+            thread.join(max(0, end - time.monotonic()))
 
 
 def summary(learned, seconds, steps, episodes, workers, max_episodes, failed):
     """The line that says what came of learning, and that tools read."""
-    speed = steps / seconds
-    figures = f"{steps} steps, {episodes} episodes, {workers} workers, {speed:.0f} steps/s"
+    facts = f"{steps} steps, {episodes} episodes, {workers} workers, {steps / seconds:.0f} steps/s"
     if learned:
-        return f"learned in {seconds:.1f} s: {figures}"
+        return f"learned in {seconds:.1f} s: {facts}"
     if episodes >= max_episodes:
-        return f"not learned within {episodes} episodes: {seconds:.1f} s, {figures}"
+        return f"not learned within {episodes} episodes: {seconds:.1f} s, {facts}"
     reason = f"{failed[0]} failed" if failed else "interrupted"
-    return f"not learned, {reason} after {seconds:.1f} s: {figures}"
+    return f"not learned, {reason} after {seconds:.1f} s: {facts}"
 
 
 class Run:
@@ -544,7 +541,7 @@ class Run:
     """
 
     def __init__(self, folder):
-        self.folder, self.lost = folder, []
+        self.folder, self.lost, self.status, self.is_keeping = folder, [], None, False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -552,13 +549,13 @@ class Run:
             refuse(f"argument --out: {error}; name a folder that can be created and written")
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, self.interrupt)
-        gym.logger.min_level = gym.logger.ERROR     # v0 is old, earlier films are overwritten
+        gym.logger.min_level = gym.logger.ERROR     # or it says that v0 is old, and films replaced
 
     def interrupt(self, number, _frame):
-        """End the main thread, and so the program."""
-        say(f"interrupted by {signal.Signals(number).name}")
+        """End the program, but not before what was learned is kept."""
         self.status = 128 + number
-        sys.exit(self.status)
+        if not self.is_keeping:
+            sys.exit(self.status)
 
     @contextlib.contextmanager
     def attempt(self, product):
@@ -572,6 +569,7 @@ class Run:
 
     def keep(self, models, learned, history, limit, title):
         """Write what was learned, and first of all the weights of `models`, {name: Keras model}."""
+        self.is_keeping = True
         for name, model in models.items():
             with self.attempt("weights"):
                 name += ".weights.h5" if learned else ".unfinished.weights.h5"
@@ -589,6 +587,9 @@ class Run:
                 except ImportError as error:    # without pydot or Graphviz
                     say(f"no {name}.png: {error}")
         say(f"all files are in {self.folder}")
+        self.is_keeping = False
+        if self.status:
+            sys.exit(self.status)
 
 
 def save_weights(model, path):
@@ -596,7 +597,7 @@ def save_weights(model, path):
     part = path.with_name("part.h5")
     with tempfile.TemporaryDirectory() as folder:   # there first: HDF5 crashes on a full disk
         model.save_weights(Path(folder, path.name))
-        shutil.copyfile(Path(folder, path.name), part)
+        part.write_bytes(Path(folder, path.name).read_bytes())
     os.replace(part, path)
 
 
@@ -604,7 +605,7 @@ def load_weights(model, path):
     """Fill a Keras model from the file of an earlier run and return it, or exit with status 2."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")      # Keras only warns of layers that it leaves alone
+            warnings.simplefilter("error", UserWarning)     # for layers that Keras leaves alone
             model.load_weights(path)
     except Exception as error:
         cause = type(error).__name__ if path.is_file() else "no such file"
@@ -614,7 +615,7 @@ def load_weights(model, path):
 
 
 def live_table(history, limit, note, log=False):
-    """Show in a `with`, unless `log`, a list of Episodes as it grows; `note()` ends the footer."""
+    """Show in a `with`, unless `log`, the 16 best threads of a growing list, and `note()`."""
     began = time.perf_counter()
 
     def table():
@@ -662,7 +663,7 @@ def film(env, folder, name, shown):
 
 
 def play(episode, count, name):
-    """Call `episode` so often, say the steps that it returns and, however it ends, their mean."""
+    """Call `episode` `count` times, say the steps it returns and, however it ends, their mean."""
     played = []
     try:
         while len(played) < count:
@@ -671,7 +672,6 @@ def play(episode, count, name):
     finally:
         if played:
             say(f"test: mean of {len(played)} episodes {np.mean(played):.1f} steps")
-    return played
 
 
 if __name__ == "__main__":

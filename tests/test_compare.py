@@ -121,7 +121,7 @@ def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "run_once", run_once)
     with pytest.raises(SystemExit) as end:
         compare.main(["--out", str(tmp_path)])
-    assert end.value.code == 130 and "interrupted by SIGINT" in capsys.readouterr().out
+    assert end.value.code == 130
     assert {name: row["steps"] for name, row in read_csv(tmp_path).items()} == {
         "a3c_cartpole": "400.0"
     }

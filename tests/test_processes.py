@@ -225,7 +225,7 @@ def test_a_killed_worker_comes_back_and_ctrl_c_leaves_nothing_running(tmp_path, 
         run.send_signal(signal.SIGINT)
         out, err = run.communicate()
     assert run.returncode == 130 and not err, err
-    assert "not learned, interrupted after" in out and "interrupted by SIGINT" in out
+    assert "not learned, interrupted after" in out
     assert (tmp_path / "out" / "a3c_processes.unfinished.weights.h5").is_file()
     assert wait_until(lambda: not find(mark))
 
@@ -244,7 +244,7 @@ def test_workers_run_on_both_nodes_and_end_by_sigterm_or_by_the_end_of_the_serve
             assert len(workers) == len(set(map(parent, workers))) == 2    # of two nodes
             run.terminate()
             out, err = run.communicate()
-        assert run.returncode == 143 and "interrupted by SIGTERM" in out and not err, err
+        assert run.returncode == 143 and not err, err
         assert wait_until(lambda: not find(mark, "ray::Worker") + find(mark, "ray::Server"))
         with running(*arguments) as run:
             read_until(run, "worker_2  episode 3 ")
