@@ -452,7 +452,7 @@ def parse_arguments(argv, description, out, *more):
     screen = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
     for name, keywords in more:
         option(name, **keywords)
-    option("--seed", type=from_0, help="repeats a run to the step")
+    option("--seed", type=from_0, help="of all random numbers")
     option("--test-episodes", type=from_0, default=10, help="episodes of the test")
     option("--out", type=Path, default=Path(out), metavar="DIR", help="where files go")
     option("--play", type=Path, metavar="WEIGHTS", help="do not learn, test this file")
@@ -541,7 +541,7 @@ class Run:
     """
 
     def __init__(self, folder):
-        self.folder, self.lost, self.status, self.is_keeping = folder, [], None, False
+        self.folder, self.lost, self.status, self.must_finish = folder, [], None, False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -552,9 +552,9 @@ class Run:
         gym.logger.min_level = gym.logger.ERROR     # or it says that v0 is old, and films replaced
 
     def interrupt(self, number, _frame):
-        """End the program, but not before what was learned is kept."""
+        """End the program, or let it end as soon as what must be finished is."""
         self.status = 128 + number
-        if not self.is_keeping:
+        if not self.must_finish:
             sys.exit(self.status)
 
     @contextlib.contextmanager
@@ -569,7 +569,7 @@ class Run:
 
     def keep(self, models, learned, history, limit, title):
         """Write what was learned, and first of all the weights of `models`, {name: Keras model}."""
-        self.is_keeping = True
+        self.must_finish = True
         for name, model in models.items():
             with self.attempt("weights"):
                 name += ".weights.h5" if learned else ".unfinished.weights.h5"
@@ -587,7 +587,7 @@ class Run:
                 except ImportError as error:    # without pydot or Graphviz
                     say(f"no {name}.png: {error}")
         say(f"all files are in {self.folder}")
-        self.is_keeping = False
+        self.must_finish = False
         if self.status:
             sys.exit(self.status)
 

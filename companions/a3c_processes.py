@@ -80,11 +80,11 @@ class Server:
         self.theta, self.mean_square, self.args = theta, np.zeros_like(theta), args     # (W,)
         self.global_t, self.learned, self.over, self.began = 0, False, False, time.perf_counter()
         self.last = [collections.deque([(0, theta)] * 10, 10) for _ in range(args.num_process)]
-        self.best, self.history, self.joined = (0, theta), [], []   # see report
+        self.best, self.history, self.joined = (0, theta), [], collections.Counter()    # see report
 
     def join(self, rank):
         """Let a worker begin, or begin anew: θ (W,), and if learning is over."""
-        self.joined.append(rank)
+        self.joined[rank] += 1
         return self.theta, self.over
 
     def update(self, rank, gradient, steps, length=None):
@@ -109,12 +109,12 @@ class Server:
     def finish_episode(self, rank, length):
         """Record an episode; who meets the rule leaves the mean of the θ of its last ten."""
         self.last[rank].append((length, self.theta))
-        mean, name = np.mean([steps for steps, _ in self.last[rank]]), f"worker_{rank + 1}"
+        mean, name = sum(steps for steps, _ in self.last[rank]) / 10, f"worker_{rank + 1}"
         count = 1 + sum(row[0] == name for row in self.history)
         seconds = round(time.perf_counter() - self.began, 3)
-        self.history.append((name, count, length, float(mean), self.global_t, seconds))
+        self.history.append((name, count, length, mean, self.global_t, seconds))
         self.best = max(self.best, (mean, self.theta), key=lambda best: best[0])
-        self.learned = bool(mean > LIMIT - 1)
+        self.learned = mean > LIMIT - 1
         if self.learned:
             self.theta = np.mean([theta for _, theta in self.last[rank]], axis=0)
         self.over |= self.learned or len(self.history) >= self.args.episodes
@@ -124,7 +124,7 @@ class Server:
         self.over = True
 
     def report(self, episodes):
-        """Rows after so many episodes, who joined, the θ to keep, steps, if learned, if over."""
+        """Rows after so many episodes, joins of each, the θ to keep, steps, if learned, if over."""
         best = self.args.save_mode == "max" and not self.learned
         theta = self.best[1] if best else self.theta
         return self.history[episodes:], self.joined, theta, self.global_t, self.learned, self.over
@@ -138,7 +138,7 @@ class Worker:
         self.random = random.Random(None if args.seed is None else f"{args.seed} {rank}")
         self.local_policy = Policy(2, 4, args.frame_num)
         self.compiled = tf.function(lambda *batch: self.gradient(*batch), jit_compile=True,
-                                    autograph=False)    # a lambda, for Ray wraps methods
+                                    autograph=False)    # Ray gives methods one more argument
 
     def train(self, server):
         """Learn until the server says that it is over. Post: 「train」.
@@ -197,26 +197,34 @@ def returns(rewards, R):
     return result
 
 
-def make_env(frame_num, wrap=lambda env: env, **options):
+def make_env(frame_num, **options):
     """CartPole that shows its last frames at once, the oldest first, as (4 · frame_num,)."""
-    env = wrap(gym.make(ENV, disable_env_checker=True, **options))
+    env = gym.make(ENV, disable_env_checker=True, **options)
     return gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, frame_num))
 
 
-def start_ray(address):
+def start_ray(address, run):
     """Start Ray on this machine, or join the cluster at `address`; if there is none, status 2."""
+    run.must_finish = not address       # Ray, cut short while it starts, leaves processes behind
     own = {} if address else dict(include_dashboard=False, object_store_memory=10**8)   # bytes
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
-        if address:     # Ray itself takes two minutes to give up
+        if address:     # Ray itself takes minutes to give up
             host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=5).close()
+            with socket.create_connection((host, int(port)), timeout=5) as connection:
+                if connection.recv(4)[3:] != b"\4":    # how gRPC begins
+                    raise ConnectionError("who answers is not Ray")
         ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False,
                  runtime_env={"env_vars": WORKER_ENVIRONMENT}, **own)
     except Exception as error:
         cause = " ".join(str(error).split())[:200]
-        base.refuse(f"argument --address: no Ray cluster at {address!r} ({cause}); `ray start "
-                    "--head --port 6379` starts one" if address else f"Ray does not start: {cause}")
+        base.refuse(f"argument --address: no Ray cluster at {address!r} ({cause}); give HOST:PORT "
+                    "of one" if address else f"Ray does not start: {cause}")
+    ray._private.worker._worker_logs_enabled = False    # or it prints lines of its own of a loss
+    signal.signal(signal.SIGTERM, run.interrupt)        # Ray has put its own there
+    run.must_finish = False
+    if run.status:
+        sys.exit(run.status)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])     # sent to other machines
 
 
@@ -224,7 +232,9 @@ def answer(calls):
     """What calls of actors return; raises what was raised there."""
     try:
         return ray.get(calls)
-    except ray.exceptions.RayActorError:
+    except ray.exceptions.RayActorError as error:
+        if "creation task" in str(error):
+            raise RuntimeError(f"no worker starts: {str(error).splitlines()[-1]}") from None
         raise ConnectionError("the server's process is gone, and with it the run") from None
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
@@ -233,16 +243,17 @@ def answer(calls):
 def start_actors(theta, args):
     """Start workers all over the cluster, and the server; return it, and their calls of train."""
     worker = ray.remote(num_cpus=.001, scheduling_strategy="SPREAD", max_restarts=-1,
-                        max_task_retries=-1)(Worker)    # Ray spreads only what takes some
+                        max_task_retries=-1)(Worker)    # without any CPU it would not spread
     workers = [worker.remote(rank, args) for rank in range(args.num_process)]
     answer([worker.__ray_ready__.remote() for worker in workers])
     server = ray.remote(num_cpus=0)(Server).remote(theta, args)
-    return server, [worker.train.remote(server) for worker in workers]  # again in a new process
+    return server, [worker.train.remote(server) for worker in workers]  # called anew after a loss
 
 
 def learn(policy, args, run):
     """Run server and workers until learning is over, and keep what came of it; True if learned."""
-    history, calls, steps, lost, learned, over = [], [], 0, 0, False, False
+    history, calls, steps, learned, over = [], [], 0, False, False
+    known = collections.Counter(range(args.num_process))    # each worker joins once
     began = saved = time.perf_counter()
     try:
         with run.attempt("learning"), base.live_table(
@@ -254,9 +265,9 @@ def learn(policy, args, run):
                 rows, joined, theta, steps, learned, over = answer(
                     server.report.remote(len(history)))
                 policy.sync(theta)
-                for rank in joined[args.num_process + lost:]:
+                for rank in (joined - known).elements():
                     base.say(f"worker_{rank + 1} was lost; Ray has started it anew")
-                    lost += 1
+                known |= joined
                 for row in rows:
                     history.append(base.Episode(*row))
                     if args.log:
@@ -265,21 +276,20 @@ def learn(policy, args, run):
                     saved = time.perf_counter()
                     with run.attempt("weights"):
                         save(policy, steps, args)
-            if learned:
-                (args.out / f"{NAME}.unfinished.weights.h5").unlink(missing_ok=True)
-    except SystemExit:                  # Ray makes its status 1
-        sys.exit(run.status)
     finally:
+        seconds, run.must_finish = time.perf_counter() - began, True    # until run.keep is through
         if calls:
-            server.end.remote()         # else Ray complains of calls that were cut short
+            server.end.remote()         # else Ray prints lines about calls that were cut short
             ray.wait(calls, num_returns=len(calls), timeout=2)
         ray.shutdown()
-        most = len(history) if steps >= args.epoch else args.episodes
-        base.say(base.summary(learned, time.perf_counter() - began, steps, len(history),
-                              args.num_process, most, run.lost))
+        most = len(history) if over else args.episodes
+        base.say(base.summary(learned, seconds, steps, len(history), args.num_process, most,
+                              [lost for lost in run.lost if lost == "learning"]))
         policy.model.set_weights(policy.weights)
         run.keep({NAME: policy.model}, learned, history, LIMIT,
                  f"A3C on {ENV}, {args.num_process} processes")
+    if learned and "weights" not in run.lost:
+        (args.out / f"{NAME}.unfinished.weights.h5").unlink(missing_ok=True)
     return learned
 
 
@@ -310,9 +320,9 @@ def main(argv=None):
         ("--v-loss-coeff", dict(type=float, default=.5, help="weight of the value loss")),
         ("--frame-num", dict(type=base.from_1, default=4, help="frames that are seen at once")),
         ("--lr", dict(type=float, default=7e-4, help="learning rate at the first step")),
-        ("--epoch", dict(type=base.from_1, default=10_000_000, help="steps until it is 0")),
-        ("--episodes", dict(type=base.from_1, default=20_000, help="of all, at the most")),
-        ("--save-mode", dict(choices=["all", "last", "max"], default="max", help="what to keep")))
+        ("--epoch", dict(type=base.from_1, default=10_000_000, help="most steps; there it is 0")),
+        ("--episodes", dict(type=base.from_1, default=20_000, help="of all workers, at the most")),
+        ("--save-mode", dict(choices=["all", "last", "max"], default="max", help="if it fails")))
     if not (ray or args.play):
         base.refuse("Ray is missing; `python -m pip install -r tests/requirements.txt` brings it")
     run, learned = base.Run(args.out), True
@@ -320,15 +330,13 @@ def main(argv=None):
     if args.play:
         policy.weights = base.load_weights(policy.model, args.play).get_weights()
     else:
-        start_ray(args.address)
-        signal.signal(signal.SIGTERM, run.interrupt)    # Ray has put its own there
+        start_ray(args.address, run)
         learned = learn(policy, args, run)
     if learned:
         with run.attempt("test"):
-            env = make_env(args.frame_num, lambda env: base.film(env, args.out, NAME, args.render),
-                           render_mode="rgb_array")
-            env.unwrapped.reset(seed=args.seed)     # below the film, which begins with a reset
-            with env:
+            env = make_env(args.frame_num, render_mode="rgb_array")
+            env.reset(seed=args.seed)
+            with base.film(env, args.out, NAME, args.render) as env:
                 base.play(lambda: play(policy, env), args.test_episodes, "test")
     return 0 if learned and not run.lost else 1
 

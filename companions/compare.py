@@ -62,12 +62,15 @@ def main(argv=None):
     try:
         run_all(runs, failed, args.seeds, args.out.resolve())
     finally:
+        run.must_finish = True
         rows = table(runs, failed)
         with run.attempt("comparison.csv"):
             write_csv(rows, args.out / "comparison.csv")
         with run.attempt("comparison.png"):
             draw(runs, args.out / "comparison.png")
         show(rows)
+    if run.status:
+        sys.exit(run.status)
     return 1 if failed or run.lost else 0
 
 
@@ -190,7 +193,8 @@ def show(rows):
     shown = COLUMNS if any(row[-1] for row in rows) else COLUMNS[:-1]
     table = Table(*[Column(name, no_wrap=name != "failed") for name in shown], box=None)
     for row in rows:
-        cells = ["-" if cell is None else str(cell).removesuffix(".0") for cell in row]
+        cells = ["-" if cell is None else f"{cell:.9g}" if isinstance(cell, float) else str(cell)
+                 for cell in row]
         table.add_row(*cells[:len(shown)])
     console.print(table, markup=False)
 
