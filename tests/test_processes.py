@@ -72,7 +72,7 @@ def test_gradient_equals_finite_differences_of_the_loss():
                       + .5 * .5 * (R - v) ** 2 + .01 * np.sum(p * np.log(p + .01), axis=1))
     held = R - np.array([processes.Policy.forward(types.SimpleNamespace(weights=weights), row)[1]
                          for row in x])
-    rows = np.float32([*x, x[0]]), np.int32([*a, -1]), np.float32([*R, 9])     # the last is no step
+    rows = np.float32([*x, x[0]]), np.float32([*a, -1]), np.float32([*R, 9])   # the last is no step
     theta = np.float32(np.concatenate([k.ravel() for k in weights]))
     tensors = map(processes.tf.constant, (theta, *rows))
     gradient = w.local_policy.unpack(w.compiled(*tensors).numpy())
