@@ -11,7 +11,7 @@
 The program of the article 「【強化学習】実装しながら学ぶA3C【CartPoleで棒立て:1ファイルで完結】」
 (Sugulu, 2017, https://qiita.com/sugulu/items/acbc909dd9b74b043e45) for today's libraries, with its
 classes, methods and constants in its order; README.md lists the differences. "The paper" is Mnih
-et al., https://arxiv.org/abs/1602.01783, whose Algorithm S3 it follows, as Jaromír Janisch's
+et al., https://arxiv.org/abs/1602.01783, whose Algorithm S3 it follows, as does Jaromír Janisch's
 "Let's make an A3C", https://jaromiru.com/2017/02/16/lets-make-an-a3c-theory/.
 `python a3c_cartpole.py` learns, then films the learned policy; `--help` lists the options.
 Shapes in comments: B samples in a batch, W weights in the network (131), all in one vector θ.
@@ -593,7 +593,7 @@ class Run:
 
 
 def save_weights(model, path):
-    """Write weights beside their place, then rename: never half a file."""
+    """Write weights beside their place, then rename: their name never stands for half a file."""
     part = path.with_name("part.h5")
     with tempfile.TemporaryDirectory() as folder:   # there first: HDF5 crashes on a full disk
         model.save_weights(Path(folder, path.name))
