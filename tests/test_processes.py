@@ -62,7 +62,7 @@ def test_forward_equals_the_keras_model(policy):
 def test_gradient_equals_finite_differences_of_the_loss():
     w, rng = worker(), np.random.default_rng(2)
     x, a, R = rng.normal(size=(4, 16)), np.array([0, 1, 1, 0]), np.array([3., -1, 2, .5])
-    weights = [np.float64(rng.normal(scale=.3, size=k.shape)) for k in w.local_policy.weights]
+    weights = [rng.normal(scale=.3, size=k.shape) for k in w.local_policy.weights]
     held = None                     # R − V of the policy's part, which the gradient does not see
 
     def loss(weights):
