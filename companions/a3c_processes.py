@@ -252,9 +252,17 @@ def start_actors(theta, args):
     return server, [worker.train.remote(server) for worker in workers]  # called anew after a loss
 
 
+def end_ray(server, calls):
+    """End learning if it has begun, and Ray, which prints lines about calls that are cut short."""
+    if calls:
+        server.end.remote()
+        ray.wait(calls, num_returns=len(calls), timeout=2)
+    ray.shutdown()
+
+
 def learn(policy, args, run):
     """Run server and workers until learning is over, and keep what came of it; True if learned."""
-    history, calls, steps, learned, over = [], [], 0, False, False
+    history, server, calls, steps, learned, over = [], None, [], 0, False, False
     known = collections.Counter(range(args.num_process))    # each worker joins once
     began = saved = time.perf_counter()
     try:
@@ -280,10 +288,7 @@ def learn(policy, args, run):
                         save(policy, steps, args)
     finally:
         seconds, run.must_finish = time.perf_counter() - began, True    # until run.keep is through
-        if calls:
-            server.end.remote()         # else Ray prints lines about calls that were cut short
-            ray.wait(calls, num_returns=len(calls), timeout=2)
-        ray.shutdown()
+        end_ray(server, calls)
         most = len(history) if over else args.episodes
         base.say(base.summary(learned, seconds, steps, len(history), args.num_process, most,
                               [lost for lost in run.lost if lost == "learning"]))
