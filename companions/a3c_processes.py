@@ -119,10 +119,6 @@ class Server:
             self.theta = np.mean([theta for _, theta in self.last[rank]], axis=0)
         self.over |= self.learned or len(self.history) >= self.args.episodes
 
-    def end(self):
-        """End learning for all workers."""
-        self.over = True
-
     def report(self, episodes):
         """Rows after so many episodes, joins of each, the θ to keep, steps, if learned, if over."""
         best = self.args.save_mode == "max" and not self.learned
@@ -243,32 +239,32 @@ def answer(calls):
 
 
 def start_actors(theta, args):
-    """Start workers all over the cluster, and the server; return it, and their calls of train."""
+    """Start workers all over the cluster, and the server; return it, them and their calls."""
     worker = ray.remote(num_cpus=.001, scheduling_strategy="SPREAD", max_restarts=-1,
                         max_task_retries=-1)(Worker)    # without any CPU it would not spread
     workers = [worker.remote(rank, args) for rank in range(args.num_process)]
     answer([worker.__ray_ready__.remote() for worker in workers])
     server = ray.remote(num_cpus=0)(Server).remote(theta, args)
-    return server, [worker.train.remote(server) for worker in workers]  # called anew after a loss
+    calls = [worker.train.remote(server) for worker in workers]     # made anew after a loss
+    return server, workers, calls
 
 
-def end_ray(server, calls):
-    """End learning if it has begun, and Ray, which prints lines about calls that are cut short."""
-    if calls:
-        server.end.remote()
-        ray.wait(calls, num_returns=len(calls), timeout=2)
+def end_ray(workers):
+    """End the workers, which would outlive Ray by seconds, and Ray, or leave its cluster."""
+    for worker in workers:
+        ray.kill(worker)
     ray.shutdown()
 
 
 def learn(policy, args, run):
     """Run server and workers until learning is over, and keep what came of it; True if learned."""
-    history, server, calls, steps, learned, over = [], None, [], 0, False, False
+    history, workers, steps, learned, over = [], [], 0, False, False
     known = collections.Counter(range(args.num_process))    # each worker joins once
     began = saved = time.perf_counter()
     try:
         with run.attempt("learning"), base.live_table(
                 history, LIMIT, lambda: f"{args.num_process} processes", args.log):
-            server, calls = start_actors(policy.theta, args)
+            server, workers, calls = start_actors(policy.theta, args)
             began = saved = time.perf_counter()
             while not over:
                 answer(ray.wait(calls, timeout=.5)[0])
@@ -288,7 +284,7 @@ def learn(policy, args, run):
                         save(policy, steps, args)
     finally:
         seconds, run.must_finish = time.perf_counter() - began, True    # until run.keep is through
-        end_ray(server, calls)
+        end_ray(workers)
         most = len(history) if over else args.episodes
         base.say(base.summary(learned, seconds, steps, len(history), args.num_process, most,
                               [lost for lost in run.lost if lost == "learning"]))
