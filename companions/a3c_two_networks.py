@@ -61,7 +61,7 @@ class A3C:
         self.both = keras.Model(self.inputs, [model(self.inputs) for model in self.models])
         weights = [weight for model in self.models for weight in model.get_weights()]
         ends = np.cumsum([0] + [weight.size for weight in weights])
-        self.places = [(slice(*ends[i:i + 2]), w.shape) for i, w in enumerate(weights)]
+        self.places = [(slice(a, b), w.shape) for a, b, w in zip(ends, ends[1:], weights)]
         self.put(np.concatenate([weight.ravel() for weight in weights]))
         self.m = self.v = tf.zeros(len(self.theta))     # Adam's means of gradients and squares
 

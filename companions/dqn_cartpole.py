@@ -52,7 +52,7 @@ class DQN:
         self.model = self._build_network()
         weights = self.model.get_weights()
         ends = np.cumsum([0] + [weight.size for weight in weights])
-        self.places = [(slice(*ends[i:i + 2]), w.shape) for i, w in enumerate(weights)]
+        self.places = [(slice(a, b), w.shape) for a, b, w in zip(ends, ends[1:], weights)]
         self.Q = self.target_Q = self.best = self.pack(weights)
         self.adam = np.zeros(2 * len(self.Q) + 1)       # its two moments (W,), its updates
         self.targets = deque(maxlen=10)                 # θ⁻ at the end of the last ten episodes

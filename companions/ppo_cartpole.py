@@ -116,7 +116,7 @@ class Agent:
         self.random = random.Random(None if seed is None else f"{seed} agent")
         weights = model.get_weights()
         ends = np.cumsum([0] + [weight.size for weight in weights])
-        self.places = [(slice(*ends[i:i + 2]), w.shape) for i, w in enumerate(weights)]
+        self.places = [(slice(a, b), w.shape) for a, b, w in zip(ends, ends[1:], weights)]
         self.theta = np.concatenate([weight.ravel() for weight in weights])
         self.moments = np.zeros((2, len(self.theta)), np.float32)
         self.dropout = [variable.numpy() for variable in model.non_trainable_variables]  # its seed
