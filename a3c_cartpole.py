@@ -318,7 +318,7 @@ class Environment:
                             render_mode="rgb_array" if thread_type == "test" else None)
         self.agent = Agent(name, parameter_server)
         self.total_reward_vec = np.zeros(10)            # steps of the last 10 episodes,
-        self.thetas = deque(maxlen=10)      # and θ' at the end of each
+        self.thetas = deque(maxlen=10)                  # and θ' at the end of each
         self.count_trial_each_thread = 0
         self.turn = self.next_turn = queue.SimpleQueue()    # always its own turn, but see learn
         self.turn.put("go")
@@ -558,6 +558,17 @@ class Run:
             sys.exit(self.status)
 
     @contextlib.contextmanager
+    def uninterrupted(self):
+        """Put off Ctrl-C and SIGTERM to the end of the block."""
+        self.must_finish = True
+        try:
+            yield
+        finally:
+            self.must_finish = False
+        if self.status:
+            sys.exit(self.status)
+
+    @contextlib.contextmanager
     def attempt(self, product):
         """Turn a failure in the block into a line."""
         try:
@@ -569,27 +580,24 @@ class Run:
 
     def keep(self, models, learned, history, limit, title):
         """Write what was learned, and first of all the weights of `models`, {name: Keras model}."""
-        self.must_finish = True
-        for name, model in models.items():
-            with self.attempt("weights"):
-                name += ".weights.h5" if learned else ".unfinished.weights.h5"
-                save_weights(model, self.folder / name)
-        with self.attempt("history.csv"):
-            lines = [",".join(map(str, row)) + "\n" for row in [Episode._fields, *history]]
-            (self.folder / "history.csv").write_text("".join(lines))
-        with self.attempt("learning_curve.png"):
-            draw_learning_curve(history, self.folder / "learning_curve.png", limit, title)
-        for name, model in models.items():
-            with self.attempt(f"{name}.png"):
-                try:
-                    keras.utils.plot_model(model, self.folder / f"{name}.png", show_shapes=True,
-                                           show_layer_names=True)
-                except ImportError as error:    # without pydot or Graphviz
-                    say(f"no {name}.png: {error}")
-        say(f"all files are in {self.folder}")
-        self.must_finish = False
-        if self.status:
-            sys.exit(self.status)
+        with self.uninterrupted():
+            for name, model in models.items():
+                with self.attempt("weights"):
+                    name += ".weights.h5" if learned else ".unfinished.weights.h5"
+                    save_weights(model, self.folder / name)
+            with self.attempt("history.csv"):
+                lines = [",".join(map(str, row)) + "\n" for row in [Episode._fields, *history]]
+                (self.folder / "history.csv").write_text("".join(lines))
+            with self.attempt("learning_curve.png"):
+                draw_learning_curve(history, self.folder / "learning_curve.png", limit, title)
+            for name, model in models.items():
+                with self.attempt(f"{name}.png"):
+                    try:
+                        keras.utils.plot_model(model, self.folder / f"{name}.png",
+                                               show_shapes=True, show_layer_names=True)
+                    except ImportError as error:    # without pydot or Graphviz
+                        say(f"no {name}.png: {error}")
+            say(f"all files are in {self.folder}")
 
 
 def save_weights(model, path):

@@ -8,6 +8,7 @@ Shapes: W weights, all in one vector θ (19 075 with 4 frames: 76 kB); T steps b
 F numbers in the frames that are seen at once (16).
 """
 import collections
+import contextlib
 import logging
 import os
 import random
@@ -54,7 +55,7 @@ class Policy:
         self.model = keras.Model(frames, heads, name=NAME)
         weights = self.model.get_weights()
         ends = np.cumsum([0] + [w.size for w in weights])
-        self.places = [(slice(*ends[i:i + 2]), w.shape) for i, w in enumerate(weights)]
+        self.places = [(slice(a, b), w.shape) for a, b, w in zip(ends, ends[1:], weights)]
         self.sync(np.concatenate([w.ravel() for w in weights]))
 
     def unpack(self, theta, reshape=np.ndarray.reshape):
@@ -203,7 +204,6 @@ def make_env(frame_num, **options):
 
 def start_ray(address, run):
     """Start Ray on this machine, or join the cluster at `address`; if there is none, status 2."""
-    run.must_finish = not address       # Ray, cut short while it starts, leaves processes behind
     own = {} if address else dict(include_dashboard=False, object_store_memory=10**8)   # bytes
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
@@ -212,17 +212,16 @@ def start_ray(address, run):
             with socket.create_connection((host, int(port)), timeout=5) as connection:
                 if connection.recv(4)[3:] != b"\4":    # how gRPC begins
                     raise ConnectionError("who answers is not Ray")
-        ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False,
-                 runtime_env={"env_vars": WORKER_ENVIRONMENT}, **own)
+        # cut short while it starts, Ray leaves processes behind
+        with contextlib.nullcontext() if address else run.uninterrupted():
+            ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False,
+                     runtime_env={"env_vars": WORKER_ENVIRONMENT}, **own)
+            signal.signal(signal.SIGTERM, run.interrupt)        # Ray has put its own there
     except Exception as error:
         cause = " ".join(str(error).split())[:200]
         base.refuse(f"argument --address: no Ray cluster at {address!r} ({cause}); give HOST:PORT "
                     "of one" if address else f"Ray does not start: {cause}")
     ray._private.worker._worker_logs_enabled = False    # or it prints lines of its own of a loss
-    signal.signal(signal.SIGTERM, run.interrupt)        # Ray has put its own there
-    run.must_finish = False
-    if run.status:
-        sys.exit(run.status)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])     # sent to other machines
 
 
@@ -283,14 +282,15 @@ def learn(policy, args, run):
                     with run.attempt("weights"):
                         save(policy, steps, args)
     finally:
-        seconds, run.must_finish = time.perf_counter() - began, True    # until run.keep is through
-        end_ray(workers)
-        most = len(history) if over else args.episodes
-        base.say(base.summary(learned, seconds, steps, len(history), args.num_process, most,
-                              [lost for lost in run.lost if lost == "learning"]))
-        policy.model.set_weights(policy.weights)
-        run.keep({NAME: policy.model}, learned, history, LIMIT,
-                 f"A3C on {ENV}, {args.num_process} processes")
+        with run.uninterrupted():
+            seconds = time.perf_counter() - began
+            end_ray(workers)
+            most = len(history) if over else args.episodes
+            base.say(base.summary(learned, seconds, steps, len(history), args.num_process, most,
+                                  [lost for lost in run.lost if lost == "learning"]))
+            policy.model.set_weights(policy.weights)
+            run.keep({NAME: policy.model}, learned, history, LIMIT,
+                     f"A3C on {ENV}, {args.num_process} processes")
     if learned and "weights" not in run.lost:
         (args.out / f"{NAME}.unfinished.weights.h5").unlink(missing_ok=True)
     return learned

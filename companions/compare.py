@@ -62,15 +62,13 @@ def main(argv=None):
     try:
         run_all(runs, failed, args.seeds, args.out.resolve())
     finally:
-        run.must_finish = True
-        rows = table(runs, failed)
-        with run.attempt("comparison.csv"):
-            write_csv(rows, args.out / "comparison.csv")
-        with run.attempt("comparison.png"):
-            draw(runs, args.out / "comparison.png")
-        show(rows)
-    if run.status:
-        sys.exit(run.status)
+        with run.uninterrupted():
+            rows = table(runs, failed)
+            with run.attempt("comparison.csv"):
+                write_csv(rows, args.out / "comparison.csv")
+            with run.attempt("comparison.png"):
+                draw(runs, args.out / "comparison.png")
+            show(rows)
     return 1 if failed or run.lost else 0
 
 
