@@ -1,6 +1,7 @@
 """What the tests share: the program as a module, small servers, and the program as a process."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,15 @@ def given_up(tmp_path_factory):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20171115)
+
+
+@pytest.fixture
+def signals():
+    """Give back the handlers that a Run, or the test, has taken."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class FakeEnv:

@@ -69,16 +69,13 @@ def test_failed_program_is_named_with_its_last_line(line, status, stderr):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
-def test_ctrl_c_ends_the_program_that_runs():
+def test_ctrl_c_ends_the_program_that_runs(signals):
     interrupt = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
     began = time.perf_counter()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's `&` ignores it
-    try:
-        interrupt.start()
-        with pytest.raises(KeyboardInterrupt):
-            peers.cold_start(program(LEARNED, then="time.sleep(60)"))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's `&` has it ignored
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        peers.cold_start(program(LEARNED, then="time.sleep(60)"))
     assert time.perf_counter() - began < 30
 
 

@@ -29,13 +29,7 @@ FAMILY = {  # what each program leaves behind, and whether it learned
 }
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """Give back the handlers that a Run has taken."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 def fake_command(file, _seed, folder):

@@ -302,19 +302,14 @@ def assert_refused(status, out, err, *parts):
 
 
 @pytest.fixture
-def assert_main_refuses(tmp_path, monkeypatch, capsys):
+def assert_main_refuses(tmp_path, monkeypatch, capsys, signals):
     """A function that calls `main` in this process, which must exit with one line and status 2."""
 
     def call(arguments, *parts):
         monkeypatch.chdir(tmp_path)
-        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         threads = threading.active_count()
-        try:
-            with mock.patch.dict(os.environ), pytest.raises(SystemExit) as end:
-                a3c.main([*map(str, arguments)])
-        finally:
-            for number, handler in signals.items():
-                signal.signal(number, handler)
+        with mock.patch.dict(os.environ), pytest.raises(SystemExit) as end:
+            a3c.main([*map(str, arguments)])
         assert_refused(end.value.code, *capsys.readouterr(), *parts)
         assert threading.active_count() == threads
 
