@@ -1,3 +1,985 @@
+"""A3C on CartPole, complete in this one file: Keras, TensorFlow and threads, on the CPU.
+
+A3C is Asynchronous Advantage Actor-Critic. Eight threads each play a CartPole of their own, with a
+copy θ' of one shared network θ. Every few steps a thread computes how the weights should change (a
+gradient) and hands this gradient to the parameter server, which changes θ. Then the thread copies
+θ again and plays on. No thread waits for the steps of another.
+
+    python a3c_cartpole.py      # learns within seconds; films and pictures are then in movie/A3C
+
+This is the program of Sugulu's article of 2017, 「実装しながら学ぶA3C【CartPoleで棒立て:1ファイルで完結】」
+(https://qiita.com/sugulu/items/acbc909dd9b74b043e45), brought up to today's libraries. "The paper"
+is Mnih et al., 2016, https://arxiv.org/abs/1602.01783. The classes stand in the order of the
+article's complete listing; its text explains them in the order main, WorkerThread, Environment,
+Agent, ParameterServer, LocalBrain. All of A3C stands above the line "Not needed to understand A3C".
+
+To understand     read
+Advantage         Agent.advantage_push_local_brain, then LocalBrain.gradient
+Actor-Critic      ParameterServer._build_model, then LocalBrain.loss_total
+Asynchronous      Environment.run, then LocalBrain.update_parameter_server, and
+                  ParameterServer.apply_gradient. The numbers 1. to 9. in comments are those of the
+                  article's list in 「Asynchronous」.
+
+To change         touch                               and mind that
+the network       HIDDEN, _build_model, predict_p     the two must agree; the program checks it
+the reward        Environment.reward                  V should stay near -1 to 1
+n                 N_STEP_RETURN                       above 6 some updates are skipped (MIN_BATCH)
+the optimizer     apply_gradient                      make new arrays, never change one by -=
+the stop rule     Environment.finish_episode          it also decides what is handed over
+
+What differs from the article, and is needed to read the code:
+- All weights of the network are one vector. One Keras model gives the structure of the network; a
+  thread's copy is only such a vector, where the article has a Keras model for each thread.
+- tf.GradientTape replaces tf.gradients. RMSProp is written out, with TensorFlow 1's numbers.
+- The n rewards are summed directly, where the article corrects the sum of the step before.
+- Threads compute p in NumPy, which is faster for a single state than Keras.
+- Batches are filled up to one size, because TensorFlow compiles for one size.
+What the article has wrong:
+- Its sum is wrong in episodes of fewer than n steps. `lambda: worker.run()` may start one worker
+  twice. `is 'test'` compares identities, not texts. Its text prints γ·r(t) where γ·r(t+1) is meant,
+  calls the drawn action the best one (最適行動), and `frames`, which counts steps, trials (試行数).
+What is added for convenience:
+- The program ends by itself. The winner hands over the mean of ten θ', not its last θ'. The test
+  takes the most probable action, lasts ten episodes, and runs in the main thread. Weights, history
+  and pictures are saved. With --seed a run can be repeated.
+
+Symbols: θ all weights of the shared network, never the angle of the pole; θ' a thread's copy. V(s)
+the value of the state s. R_n the discounted sum of n rewards; R the same with γⁿ·V(s') added. s' is
+`s_` in the code: one step after s in Environment, n steps after s in a sample. Shapes: B rows of a
+batch, W weights of the network (131).
+"""
+import argparse
+import collections
+import contextlib
+import csv
+import ctypes
+import functools
+import math
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+# Settings that must be made before the imports below.
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"               # a network this small is no faster on a GPU
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")      # no start-up messages
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")     # no notice about oneDNN
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")    # TensorFlow's own threads would only
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")    # slow ours down
+
+import gymnasium as gym
+import keras
+import numpy as np
+import tensorflow as tf
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+# -- constants of Game
+ENV = "CartPole-v0"
+NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
+NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right (the article names 1 first)
+NONE_STATE = np.zeros(NUM_STATES)       # stands for s' when the episode has ended
+ONE_HOT = np.eye(NUM_ACTIONS)           # row a stands for action a
+
+# -- constants of LocalBrain
+HIDDEN = 16             # units of the hidden layer
+MIN_BATCH = 5           # an update needs at least this many samples
+LOSS_V = .5             # coefficient of the value loss
+LOSS_ENTROPY = .01      # coefficient of the entropy, which keeps the policy from settling too early
+LEARNING_RATE = 5e-3
+RMSPROP_DECAY = .99     # how much of its mean of squared gradients RMSProp keeps at each update
+
+# -- constants of Advantage, the Bellman equation
+# V(s) is the discounted sum of all rewards that come after the state s (割引総報酬). The network
+# learns it by moving V(s) towards a better estimate, R, the n-step return:
+#   n = 1:  R = r(t) + γ·V(s(t+1))                      as in Q-learning, with V in place of max Q
+#   n = 2:  R = r(t) + γ·r(t+1) + γ²·V(s(t+2))
+# At the end of an episode no V follows, so there R is exact. The end teaches first, and each update
+# carries what is known there up to n steps back. With n = 1 this is slow, and R relies on a V that
+# is still wrong. With n = 50, R depends too much on chance (分散), on 50 actions drawn at random.
+# The article calls it "Advantage" to look n steps ahead. The variable `advantage` is the article's
+# A(t) = R - V(s).
+GAMMA = .99             # γ: a reward k steps ahead counts γ^k
+N_STEP_RETURN = 5       # n
+GAMMA_N = GAMMA ** N_STEP_RETURN
+
+# -- constants of the threads
+N_WORKERS = 8           # learning threads
+T_MAX = 10              # the article's Tmax: steps that a thread plays between two updates
+
+# -- constants of ε-greedy (ε-greedy法), which the article adds to A3C: at first some actions are
+# drawn at random
+EPS_START = .5
+EPS_END = 0.
+EPS_STEPS = 200 * N_WORKERS     # over this many steps of all N_WORKERS threads together, ε falls
+
+
+class ParameterServer:
+    """The network that all threads share, and the optimizer that changes it.
+
+    Article: 「ParameterServer」 and its Fig. 2. Paper: the shared θ and T. The server is no thread
+    and no other computer. It is an object in memory, and each worker runs its methods in its own
+    thread.
+
+    Each update makes a new array θ and never changes the old one (上書きしない). So a thread may
+    keep the array that it has read as its copy θ', and needs no lock to read the new one.
+    """
+
+    def __init__(self, env=ENV, seed=None, max_episodes=20_000, n_workers=N_WORKERS):
+        self.keras_model = self._build_model(seed)      # only its structure is used while learning
+        weights = self.keras_model.get_weights()        # a list: kernel, bias, kernel, bias, ...
+        self.shapes = [weight.shape for weight in weights]
+        self.theta = self.pack(weights)                 # θ (W,)
+        # RMSProp's running mean of squared gradients (W,). It starts at 1, as in TensorFlow 1, so
+        # that the first updates are small.
+        self.mean_square = np.ones_like(self.theta)
+        self.update_lock = threading.Lock()
+        self.updates = 0                                # how often θ has changed
+        self.frames = 0                                 # steps of all learning threads; paper: T
+        self.is_learned = False
+
+        # Not in the article: for --seed, ε, the display and one of the pictures.
+        self.seed = seed
+        self.eps_steps = EPS_STEPS * n_workers / N_WORKERS      # fewer for fewer threads
+        self.staleness = []                             # of each update: see apply_gradient
+        self.progress = Progress(env, max_episodes)
+
+    @staticmethod
+    def _build_model(seed):
+        """Define the network of the article's Fig. 1: s (B, 4) → p of each action (B, 2), V (B, 1).
+
+        The actor is the output p, the critic is the output V. They share the hidden layer. Softmax
+        makes p(left) + p(right) = 1. LocalBrain.predict_p computes the same p in NumPy: change both
+        together.
+        """
+        if seed is not None:
+            keras.utils.set_random_seed(seed)
+        l_input = keras.Input((NUM_STATES,), name="state")
+        l_dense = keras.layers.Dense(HIDDEN, activation="relu", name="hidden")(l_input)
+        out_actions = keras.layers.Dense(NUM_ACTIONS, activation="softmax", name="policy")(l_dense)
+        out_value = keras.layers.Dense(1, activation="linear", name="value")(l_dense)
+        return keras.Model(l_input, [out_actions, out_value], name="A3C")
+
+    @property
+    def model(self):
+        """The Keras model with the weights θ as they are now. Changing it does not change θ."""
+        self.keras_model.set_weights(self.unpack(self.theta))
+        return self.keras_model
+
+    def pack(self, weights):
+        """Join kernels and biases into one vector (W,)."""
+        return np.concatenate([weight.ravel() for weight in weights])
+
+    def unpack(self, theta, reshape=np.ndarray.reshape):
+        """Cut a vector (W,) into kernels and biases. For a tensor pass tf.reshape."""
+        weights = []
+        start = 0
+        for shape in self.shapes:
+            end = start + math.prod(shape)
+            weights.append(reshape(theta[start:end], shape))
+            start = end
+        return weights
+
+    def apply_gradient(self, gradient, updates_at_pull):
+        """Change θ by a gradient (W,): one step of the paper's shared RMSProp (section 4).
+
+        `updates_at_pull` says after how many updates the thread had copied the weights for which it
+        computed the gradient. Raises FloatingPointError if the gradient is not finite.
+        """
+        # Python may switch threads at any moment. Without a lock, two threads could both read the
+        # old θ, and the one that stores its result last would erase the change of the other. So
+        # only one thread at a time may enter here (排他制御).
+        with self.update_lock:
+            # Not in the article: once learning is over, θ is final.
+            if self.progress.stop.is_set():
+                return
+            if not np.isfinite(gradient).all():
+                raise FloatingPointError(f"the gradient is not finite after {self.frames} steps")
+
+            # 8. The server changes θ. RMSProp divides each gradient by its usual size, so that all
+            #    weights take steps of about the same size. This makes new arrays. With -= the θ' of
+            #    every thread would change as well.
+            self.mean_square = (RMSPROP_DECAY * self.mean_square
+                                + (1 - RMSPROP_DECAY) * gradient ** 2)
+            self.theta = self.theta - LEARNING_RATE * gradient / np.sqrt(self.mean_square + 1e-10)
+
+            # Not in the article, for a picture: while this thread played and computed, others may
+            # have changed θ. So its gradient belongs to weights that are a little old.
+            self.staleness.append(self.updates - updates_at_pull)
+            self.updates += 1
+
+    def take_over(self, theta):
+        """Replace θ by the weights (W,) of the thread that has won."""
+        with self.update_lock:
+            self.theta = theta
+            self.is_learned = True
+
+    def count_step(self):
+        """Count a step of any thread."""
+        with self.progress.lock:        # += reads and stores, and Python may switch in between
+            self.frames += 1
+
+
+class LocalBrain:
+    """A thread's copy of the network: it gives probabilities, and turns samples into gradients.
+
+    Article: 「LocalBrain」. Paper: the thread's own θ' and its gradient dθ.
+    """
+
+    # A sample is one row of a batch: s, a as one-hot, R_n, s', 0 if s' is the end or else 1, and
+    # a 1 that tells a sample from a row that only fills the batch up.
+    COLUMNS = [NUM_STATES, NUM_ACTIONS, 1, NUM_STATES, 1, 1]
+
+    # The most samples that can come together: MIN_BATCH - 1 that were too few the last time, T_MAX
+    # new ones, and at the end of an episode N_STEP_RETURN - 1 more.
+    BATCH_ROWS = MIN_BATCH - 1 + T_MAX + N_STEP_RETURN - 1
+
+    def __init__(self, name, parameter_server):
+        self.name = name
+        self.parameter_server = parameter_server
+        self.train_queue = []       # samples: s, a, R_n, s', 0 or 1
+        self.compute_gradient = self._build_graph(parameter_server)
+        self.pull_parameter_server()
+
+    @staticmethod
+    @functools.cache        # all brains share the function that the first one compiles
+    def _build_graph(parameter_server):
+        """Compile `gradient` for this network: θ' (W,), batch (B, 13) → (W,).
+
+        XLA, TensorFlow's compiler, makes it 1.3 times as fast. It compiles for one size of batch.
+        """
+        theta = tf.constant(parameter_server.theta)
+        batch = tf.zeros([LocalBrain.BATCH_ROWS, sum(LocalBrain.COLUMNS)])
+        function = functools.partial(LocalBrain.gradient, parameter_server)
+        graph = tf.function(function, jit_compile=True).get_concrete_function(theta, batch)
+        graph(theta, batch)     # compiles now, before the threads start
+        return graph
+
+    @staticmethod
+    def network(parameter_server, theta, s):
+        """p (B, 2) and V (B, 1) in the states s (B, 4), with the weights θ (W,), by TensorFlow."""
+        weights = parameter_server.unpack(theta, tf.reshape)
+        outputs, _ = parameter_server.keras_model.stateless_call(weights, [], s)
+        return outputs
+
+    @staticmethod
+    def gradient(parameter_server, theta, batch):
+        """Compute the gradient (W,) of the mean loss at the weights θ' (W,), over a batch (B, 13).
+
+        Article: _build_graph and update_parameter_server. Paper: Algorithm S3.
+        """
+        s, a, R_n, s_, s_mask, is_sample = tf.split(batch, LocalBrain.COLUMNS, axis=1)
+
+        # R = r(t) + γ·r(t+1) + … + γⁿ·V(s'). The agent has summed the n rewards, R_n. V(s') stands
+        # for all later ones, of which there are none if s' is the end: there s_mask is 0. (There
+        # the sum may have fewer than n rewards, too. So γⁿ is never wrong.)
+        _, v_ = LocalBrain.network(parameter_server, theta, s_)
+        R = R_n + GAMMA_N * v_ * s_mask
+
+        # The tape records what is computed inside `with`, to find the gradient of it. R is computed
+        # outside, so it is a constant.
+        with tf.GradientTape() as tape:
+            tape.watch(theta)
+            p, v = LocalBrain.network(parameter_server, theta, s)
+            losses = LocalBrain.loss_total(p, v, a, R)
+            loss = tf.reduce_sum(losses * is_sample) / tf.reduce_sum(is_sample)     # the mean
+        return tape.gradient(loss, theta)
+
+    @staticmethod
+    def loss_total(p, v, a, R):
+        """The loss of each sample (B, 1): p (B, 2), V(s) (B, 1), a as one-hot (B, 2), R (B, 1).
+
+        Article: 「Actor-Critic」. Paper: section 4, "Asynchronous advantage actor-critic".
+        """
+        log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1, keepdims=True) + 1e-10)
+        advantage = R - v       # how much better it went than the critic expected
+
+        # The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage.
+        # So actions with a positive advantage become more likely, others less likely. An optimizer
+        # makes a loss small, hence the minus. The advantage depends on the weights through V, but
+        # must be taken as a constant here (定数として扱う).
+        loss_policy = -log_prob * tf.stop_gradient(advantage)
+
+        # The critic: move V(s) towards R.
+        loss_value = LOSS_V * tf.square(advantage)
+
+        # The entropy -Σ p·log p is large while the policy hesitates. Minus the entropy as a loss
+        # keeps the policy from settling too early (エントロピー項).
+        minus_entropy = tf.reduce_sum(p * tf.math.log(p + 1e-10), axis=1, keepdims=True)
+        loss_entropy = LOSS_ENTROPY * minus_entropy
+        return loss_policy + loss_value + loss_entropy
+
+    def pull_parameter_server(self):
+        """Copy the weights of the server: θ' ← θ."""
+        self.updates_at_pull = self.parameter_server.updates
+        self.theta = self.parameter_server.theta        # never changed, so it need not be copied
+
+    def push_parameter_server(self):
+        """Copy the weights to the server: θ ← θ'. Only the winner does so, at the very end."""
+        self.parameter_server.take_over(self.theta)
+
+    def update_parameter_server(self):
+        """Turn the queued samples into a gradient, and hand it to the server.
+
+        With fewer than MIN_BATCH samples nothing happens, and they stay in the queue. This occurs
+        in episodes of fewer than 5 steps, and often if n is above T_MAX - MIN_BATCH + 1.
+        """
+        if len(self.train_queue) < MIN_BATCH:
+            return
+        batch = np.zeros((self.BATCH_ROWS, sum(self.COLUMNS)), np.float32)
+        for row, (s, a, R_n, s_, s_mask) in enumerate(self.train_queue):
+            batch[row] = [*s, *a, R_n, *s_, s_mask, 1]
+        self.train_queue = []
+
+        # 6. The thread computes the gradient, from its own samples and with its own θ'.
+        gradient = self.compute_gradient(tf.constant(self.theta), tf.constant(batch)).numpy()
+        # 7. It hands over the gradient, not its weights.
+        self.parameter_server.apply_gradient(gradient, self.updates_at_pull)
+
+    def predict_p(self, s):
+        """The probability of each action (B, 2) in the states s (B, 4).
+
+        In NumPy, because for a single state this is 100 times as fast as asking Keras.
+        """
+        hidden_kernel, hidden_bias, policy_kernel, policy_bias, _, _ = \
+            self.parameter_server.unpack(self.theta)            # the last two are the critic's
+        hidden = np.maximum(s @ hidden_kernel + hidden_bias, 0)         # relu
+        z = hidden @ policy_kernel + policy_bias
+        exp_z = np.exp(z - z.max(axis=1, keepdims=True))        # - max, so that it cannot overflow
+        return exp_z / exp_z.sum(axis=1, keepdims=True)         # softmax
+
+    def train_push(self, s, a, R_n, s_):
+        """Queue a sample: s (4,), a as one-hot (2,), the sum of n rewards, s' (4,) after n steps.
+
+        Pass None for s' if the episode has ended there.
+        """
+        if s_ is None:
+            self.train_queue.append((s, a, R_n, NONE_STATE, 0.))
+        else:
+            self.train_queue.append((s, a, R_n, s_, 1.))
+
+
+class Agent:
+    """Chooses actions, and turns steps into samples. Article: 「Agent」 and 「Advantage」."""
+
+    def __init__(self, name, parameter_server):
+        self.parameter_server = parameter_server
+        self.brain = LocalBrain(name, parameter_server)
+        self.memory = collections.deque()   # s, a, r of the last steps, which wait for more rewards
+        seed = parameter_server.seed
+        self.rng = random.Random(None if seed is None else f"{seed} {name}")
+
+    def epsilon(self):
+        """The current probability of a random action: it falls from EPS_START to EPS_END."""
+        fraction = min(1, self.parameter_server.frames / self.parameter_server.eps_steps)
+        return EPS_START + fraction * (EPS_END - EPS_START)
+
+    def act(self, s, greedy=False):
+        """Choose an action in the state s (4,): any with probability ε, or else drawn from p.
+
+        Not the best action, as in Q-learning: drawing from p explores by itself. `greedy` is for
+        the test and not in the article: always the most probable action.
+        """
+        if not greedy and self.rng.random() < self.epsilon():
+            return self.rng.randrange(NUM_ACTIONS)
+        p = self.brain.predict_p(s[np.newaxis])[0]
+        if greedy:
+            return int(p.argmax())
+        return self.rng.choices(range(NUM_ACTIONS), p.tolist())[0]
+
+    def advantage_push_local_brain(self, s, a, r, s_):
+        """4. Remember a step, and hand the brain the samples whose n rewards are now known.
+
+        R_n = r[0] + γ·r[1] + … + γ^(n-1)·r[n-1], to which the brain will add γ^n·V(s').
+        At the end of the episode (終端, s_ is None) the steps that are left have fewer and fewer.
+        """
+        self.memory.append((s, ONE_HOT[a], r))
+        while len(self.memory) == N_STEP_RETURN or (s_ is None and self.memory):
+            R_n = sum(GAMMA ** k * r_k for k, (_, _, r_k) in enumerate(self.memory))
+            s_0, a_0, _ = self.memory.popleft()
+            self.brain.train_push(s_0, a_0, R_n, s_)
+
+
+class Environment:
+    """A CartPole and the agent that plays it. Article: 「Environment」."""
+
+    def __init__(self, name, thread_type, parameter_server):
+        self.name = name
+        self.thread_type = thread_type
+        self.parameter_server = parameter_server
+        self.agent = Agent(name, parameter_server)
+        self.env = gym.make(parameter_server.progress.env, disable_env_checker=True,
+                            render_mode="rgb_array" if thread_type == "test" else None)
+        self.env.reset(seed=self.agent.rng.getrandbits(31))     # seeds all later resets
+        self.total_reward_vec = np.zeros(10)            # steps of the last 10 episodes
+        self.thetas = collections.deque(maxlen=10)      # θ' at the end of each of them
+        self.count_trial_each_thread = 0
+
+    def run(self):
+        """Play one episode and return its steps. A learning thread learns from it on the way."""
+        server = self.parameter_server
+        agent = self.agent
+        is_learning = self.thread_type == "learning"
+        agent.brain.pull_parameter_server()                             # 1. θ' ← θ
+        s, _ = self.env.reset()
+        step = 0
+        done = False
+        while not done:
+            a = agent.act(s, greedy=not is_learning)                    # 2. choose an action
+            s_, _, terminated, truncated, _ = self.env.step(a)          # 3. do it, and get s' and r
+            step += 1
+            done = terminated or truncated
+            r = self.reward(step, done)                                 #    (not the r of gym)
+            if is_learning:
+                server.count_step()
+                agent.advantage_push_local_brain(                       # 4. remember it
+                    s, a, r, None if done else s_)
+                if done or step % T_MAX == 0:                           # 5. T_MAX steps, or the end
+                    agent.brain.update_parameter_server()               # 6. 7. 8. gradient → θ
+                    agent.brain.pull_parameter_server()                 # 9. θ' ← θ, as in 1.
+                    # Not in the article: with --seed, let the others have their turn. Leave the
+                    # episode if learning is over.
+                    if not server.progress.may_go_on(self.name):
+                        return step
+            s = s_
+        if is_learning:
+            self.finish_episode(step)
+        return step
+
+    def reward(self, step, done):
+        """The article's reward after so many steps, instead of gym's 1 for every step.
+
+        It is 0 until the episode ends, so a sum of n rewards is 0 except near the end, and a good V
+        lies between -1 and 1. As in the article, the time limit counts as an end like any other.
+        """
+        if not done:
+            return 0
+        if step < self.parameter_server.progress.limit - 1:
+            return -1       # the pole has fallen, or the cart has left the track
+        return 1            # as in the article, also if the pole falls at the last step but one
+
+    def finish_episode(self, step):
+        """Count the episode, and hand the weights over if the last 10 meet the stop rule."""
+        server = self.parameter_server
+        brain = self.agent.brain
+        self.count_trial_each_thread += 1
+        self.total_reward_vec = np.hstack((self.total_reward_vec[1:], step))
+        self.thetas.append(brain.theta)
+        mean = self.total_reward_vec.mean()
+        meets_rule = mean > server.progress.limit - 1       # the article's rule: above 199 steps
+        is_counted = server.progress.finish_episode(        # False if learning is already over
+            self.name, self.count_trial_each_thread, step, mean, server.frames, meets_rule)
+        if meets_rule and is_counted:
+            # Not in the article: hand over the mean of the weights after each of the ten episodes.
+            # In tests it has always kept the pole up, which the last of them alone has not.
+            brain.theta = np.mean(self.thetas, axis=0)
+            brain.push_parameter_server()
+
+
+class WorkerThread:
+    """What a thread does. Article: 「Worker_Thread」."""
+
+    def __init__(self, thread_name, thread_type, parameter_server):
+        self.name = thread_name
+        self.thread_type = thread_type
+        self.parameter_server = parameter_server
+        self.environment = Environment(thread_name, thread_type, parameter_server)
+
+    def run(self, test_episodes=0):
+        """Play episodes until learning is over, or, in the test thread, as many as asked for."""
+        if self.thread_type == "test":
+            play(self.environment.run, test_episodes)
+        else:
+            while not self.parameter_server.progress.stop.is_set():
+                self.environment.run()
+
+
+def main(argv=None):
+    """Run the program and return its exit status. Article: 「メイン関数」, steps M0 to M3."""
+    args = read_options(argv)
+
+    # M0. What the threads share. The article's globals frames and isLearned are in it.
+    server = ParameterServer(args.env, args.seed, args.max_episodes, args.workers)
+    check_predict_p(server)
+
+    # M1. The workers. Each makes its own Environment, Agent and LocalBrain.
+    test = WorkerThread("test_thread", "test", server)
+    workers = [WorkerThread(f"local_thread{i + 1}", "learning", server)
+               for i in range(args.workers)]
+
+    # M2. Each learning worker runs in a thread of its own, until one has won.
+    if args.play:
+        server.theta = server.pack(load_weights(server.keras_model, args.play))
+    else:
+        learn(server, workers, args)
+        if not server.is_learned:
+            return 1
+
+    # M3. The threads have ended. The test runs in this thread, because macOS opens windows in no
+    # other one.
+    test.environment.env = film(test.environment.env, args.out, "A3C", args.render)
+    with contextlib.closing(test.environment.env):
+        test.run(args.test_episodes)
+    return 0
+
+
+def learn(server, workers, args):
+    """M2. Run the workers' threads until learning is over, and keep what came of it."""
+    if server.seed is not None:
+        server.progress.turns.start([worker.name for worker in workers])
+    try:
+        run_threads({worker.name: worker.run for worker in workers}, server.progress, args.log)
+    finally:
+        with no_interruption():
+            keep({"A3C": server.model}, server.progress, server.is_learned, server.frames,
+                 f"A3C, {args.env}, {len(workers)} threads", args.out)
+            if server.updates:
+                draw_three_as(server, args.out / "three_as.png")
+
+
+# == Not needed to understand A3C: options, progress, files, pictures ==============================
+
+Episode = collections.namedtuple(
+    "Episode", "thread episode steps mean_of_last_10 total_steps seconds")
+
+
+def read_options(argv):
+    """Read the command line of this program."""
+    parser = make_parser("Learn CartPole with A3C, then film what was learned.", "movie/A3C")
+    parser.add_argument("--env", default=ENV, choices=["CartPole-v0", "CartPole-v1"],
+                        help="episodes of at most 200 or 500 steps")
+    parser.add_argument("--workers", default=N_WORKERS, type=positive, help="learning threads")
+    parser.add_argument("--max-episodes", default=20_000, type=positive,
+                        help="give up after so many episodes of all threads")
+    return check_options(parser, parser.parse_args(argv))
+
+
+def make_parser(description, out):
+    """Make an argument parser with the options that all programs here share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    has_screen = (sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ
+                  or "WAYLAND_DISPLAY" in os.environ)
+    in_terminal = sys.stdout is not None and sys.stdout.isatty()
+    parser.add_argument("--seed", type=whole_number,
+                        help="fix all random numbers, so that the run can be repeated")
+    parser.add_argument("--test-episodes", type=whole_number, default=10,
+                        help="episodes of the test")
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR",
+                        help="where the files go")
+    parser.add_argument("--play", type=Path, metavar="WEIGHTS",
+                        help="do not learn, but test the weights in this file")
+    parser.add_argument("--render", action=argparse.BooleanOptionalAction, default=has_screen,
+                        help="show the test in a window")
+    parser.add_argument("--log", action="store_true", default=not in_terminal,
+                        help="print a line for each episode instead of a table")
+    return parser
+
+
+def whole_number(text, lowest=0):
+    """Read an option that is a whole number."""
+    if not text.isdecimal() or not lowest <= int(text) < 2 ** 32:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number from {lowest} to 2^32 - 1")
+    return int(text)
+
+
+positive = functools.partial(whole_number, lowest=1)
+
+
+def check_options(parser, args):
+    """Check the files that the options name, before any work starts, and get ready for a run."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        parser.error(f"argument --out: cannot write there: {error}")
+    if args.play and not args.play.is_file():
+        parser.error(f"argument --play: there is no file {str(args.play)!r}")
+    gym.logger.min_level = gym.logger.ERROR     # do not say that CartPole-v0 is old
+    return args
+
+
+def check_predict_p(server):
+    """End the program with exit status 1 if predict_p and the Keras model disagree."""
+    rng = np.random.default_rng(0)
+    brain = LocalBrain("check", server)
+    brain.theta = rng.normal(size=server.theta.shape).astype(np.float32)    # biases are not 0
+    s = rng.normal(size=(8, NUM_STATES)).astype(np.float32)
+    try:
+        p, _ = brain.network(server, tf.constant(brain.theta), s)
+        agrees = np.allclose(p, brain.predict_p(s), atol=1e-4)
+    except ValueError:      # other numbers of layers or units
+        agrees = False
+    if not agrees:
+        sys.exit("error: ParameterServer._build_model and LocalBrain.predict_p are two different"
+                 " networks. Give both the same layers and activations, then start again.")
+
+
+class Progress:
+    """What the threads have done so far, and whether learning is over."""
+
+    def __init__(self, env, max_episodes):
+        self.env = env
+        self.limit = gym.spec(env).max_episode_steps    # 200 steps in CartPole-v0, 500 in v1
+        self.max_episodes = max_episodes
+        self.history = []                   # an Episode for each one that was played to its end
+        self.lock = threading.Lock()        # for the history and for counting steps
+        self.stop = threading.Event()       # learning is over, for whatever reason
+        self.failed = None                  # the name of the thread that ended with an error
+        self.turns = Turns()
+        self.workers = 0                    # learning threads
+        self.started = time.perf_counter()
+
+    def finish_episode(self, name, trial, step, mean, frames, is_last):
+        """Record an episode, which may be the last one. Return False if learning was over."""
+        with self.lock:
+            if self.stop.is_set():
+                return False
+            seconds = round(time.perf_counter() - self.started, 3)
+            self.history.append(Episode(name, trial, step, float(mean), frames, seconds))
+            if is_last or len(self.history) >= self.max_episodes:
+                self.stop.set()
+            return True
+
+    def may_go_on(self, name):
+        """Let the other threads have their turn, if there is a seed. Return False at the end."""
+        self.turns.pass_on(name)
+        self.turns.wait(name)
+        return not self.stop.is_set()
+
+    def watch(self, log):
+        """Show the episodes until learning is over: as a table, or as a line each."""
+        if not log:
+            with Live(get_renderable=self.table, refresh_per_second=4):
+                while not self.stop.wait(.1):       # without a timeout, Windows ignores Ctrl-C
+                    pass
+            return
+        shown = 0
+        while not self.stop.wait(.1) or shown < len(self.history):
+            for e in self.history[shown:]:
+                say(f"{e.thread}  episode {e.episode}  steps {e.steps}"
+                    f"  mean of last 10 {e.mean_of_last_10:.1f}")
+                shown += 1
+
+    def table(self):
+        """Make a table with a row for each thread: of many threads, for the best 16."""
+        seconds = time.perf_counter() - self.started
+        steps = self.history[-1].total_steps if self.history else 0
+        table = Table("thread", "episodes", "last steps", "mean of last 10", f"0 to {self.limit}",
+                      caption=f"{steps} steps  {len(self.history)} episodes"
+                              f"  {steps / seconds:.0f} steps/s  {seconds:.1f} s",
+                      caption_justify="left", box=None)
+        latest = {e.thread: e for e in self.history}
+        best = sorted(latest.values(), key=lambda e: e.mean_of_last_10)[-16:]
+        for e in sorted(best, key=lambda e: (len(e.thread), e.thread)):
+            bar = ProgressBar(self.limit, e.mean_of_last_10, width=20, finished_style="green")
+            table.add_row(e.thread, str(e.episode), str(e.steps), f"{e.mean_of_last_10:.1f}", bar)
+        return table
+
+
+class Turns:
+    """Makes a run with a seed repeatable: threads take turns, from one pull to the next.
+
+    Without a seed its methods do nothing, and the threads run as the system lets them.
+    """
+
+    def __init__(self):
+        self.gates = {}     # of each thread: its own gate, and the gate of the next thread
+
+    def start(self, names):
+        """Let these threads take turns, and give the first one the first turn."""
+        gates = [threading.Semaphore(0) for _ in names]
+        for i, name in enumerate(names):
+            self.gates[name] = gates[i], gates[(i + 1) % len(names)]
+        gates[0].release()
+
+    def wait(self, name):
+        """Wait for this thread's turn."""
+        if name in self.gates:
+            own, _ = self.gates[name]
+            own.acquire()
+
+    def pass_on(self, name):
+        """End this thread's turn."""
+        if name in self.gates:
+            _, following = self.gates[name]
+            following.release()
+
+
+def run_threads(jobs, progress, log):
+    """Run {name: function} in threads until learning is over, and show the progress meanwhile.
+
+    An error in one thread ends learning for all of them, and Python prints it. A thread that does
+    not end within two seconds is left alone; it cannot keep the program from ending.
+    """
+    def work(name, job):
+        progress.turns.wait(name)
+        try:
+            job()
+        except Exception:
+            with progress.lock:
+                is_first = progress.failed is None
+                if is_first:
+                    progress.failed = name
+            if is_first:
+                raise       # Python prints the error and the thread's name
+        finally:
+            progress.stop.set()
+            progress.turns.pass_on(name)
+
+    threads = [threading.Thread(target=work, args=item, name=item[0], daemon=True)
+               for item in jobs.items()]
+    progress.workers = len(jobs)
+    progress.started = time.perf_counter()
+    try:
+        for thread in threads:
+            thread.start()
+        share_one_core(threads)
+        progress.watch(log)
+    finally:
+        progress.stop.set()
+        deadline = time.perf_counter() + 2
+        for thread in threads:
+            if thread.is_alive():
+                thread.join(max(0, deadline - time.perf_counter()))
+
+
+def share_one_core(threads):
+    """Put threads on one core, where the system can.
+
+    Python runs one thread at a time, so a second core does not help, and waking a thread on another
+    core takes longer.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):   # not on macOS and Windows
+        core = ctypes.CDLL(None).sched_getcpu()
+        for thread in threads:
+            os.sched_setaffinity(thread.native_id, {core})
+
+
+@contextlib.contextmanager
+def no_interruption():
+    """Ignore Ctrl-C and SIGTERM in the `with`, so that what is written there is written whole."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN)
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def keep(models, progress, is_learned, steps, title, out):
+    """Save what came of a run, the most valuable first, and say how it went.
+
+    `models`: {name: Keras model}, `steps`: of all threads, `title`: of the learning curve.
+    """
+    seconds = time.perf_counter() - progress.started
+    for name, model in models.items():
+        name += ".weights.h5" if is_learned else ".unfinished.weights.h5"
+        save_weights(model, out / name)
+    with open(out / "history.csv", "w", newline="") as file:
+        csv.writer(file).writerows([Episode._fields, *progress.history])
+
+    outcome = "learned" if is_learned else "not learned"
+    if progress.failed:
+        outcome += f", {progress.failed} failed,"
+    say(f"{outcome} in {seconds:.1f} s: {steps} steps, {len(progress.history)} episodes,"
+        f" {progress.workers} workers, {steps / seconds:.0f} steps/s")
+
+    draw_learning_curve(progress.history, out / "learning_curve.png", progress.limit, title)
+    for name, model in models.items():
+        with contextlib.suppress(ImportError):      # pydot or Graphviz is not there
+            keras.utils.plot_model(model, out / f"{name}.png", show_shapes=True)
+    say(f"weights and pictures are in {out}")
+
+
+def say(line):
+    """Print a line at once. Ignore a closed pipe, as with `| head`: the run goes on."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def save_weights(model, path):
+    """Write weights to a temporary name, then rename: the file is complete or absent."""
+    part = path.with_name("part.weights.h5")
+    model.save_weights(part)
+    part.replace(path)
+
+
+def load_weights(model, path):
+    """Fill a Keras model from the file of an earlier run, or end with exit status 2."""
+    try:
+        model.load_weights(path)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        print(f"error: argument --play: {str(path)!r} does not hold the weights of this network:"
+              f" {reason}", file=sys.stderr)
+        sys.exit(2)
+    return model.get_weights()
+
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+
+
+def draw_learning_curve(history, path, limit, title):
+    """Draw each episode, and each thread's mean of its last 10, over the steps of all threads."""
+    from matplotlib.figure import Figure  # here, because it takes half a second
+    axes = Figure(figsize=(8, 5), layout="constrained").add_subplot()
+    axes.plot([e.total_steps for e in history], [e.steps for e in history], ".", color="0.75",
+              markersize=3, label="an episode")
+    axes.axhline(limit - 1, color="black", linestyle="--", linewidth=1,
+                 label=f"learned above {limit - 1}")
+    # Before a thread's tenth episode its mean still contains zeros.
+    curves = {}
+    for e in history:
+        if e.episode >= 10:
+            curves.setdefault(e.thread, []).append(e)
+    several = len(curves) > 1
+    label = "a thread's last 10, mean" if several else "the last 10, mean"
+    winner = None
+    for thread, episodes in curves.items():
+        if episodes[-1].mean_of_last_10 > limit - 1:
+            winner = thread
+        else:
+            draw_curve(axes, episodes, label, color=BLUE, linewidth=1,
+                       alpha=max(.3, 1 / len(curves) ** .25))
+            label = None        # one entry of the legend is enough
+    if winner:
+        draw_curve(axes, curves[winner], f"{winner}, which has learned" if several else label,
+                   color=ORANGE, linewidth=2.5)
+    axes.set(title=title, xlim=(0, None), xlabel="steps of all threads" if several else "steps",
+             ylim=(0, 1.05 * limit), ylabel="steps of an episode")
+    axes.legend(loc="upper left" if len(history) < 10 else "best", fontsize="small")
+    axes.figure.savefig(path)
+
+
+def draw_curve(axes, episodes, label, **style):
+    """Draw the means of some episodes over the steps of all threads."""
+    axes.plot([e.total_steps for e in episodes], [e.mean_of_last_10 for e in episodes],
+              label=label, **style)
+
+
+def draw_three_as(server, path):
+    """Draw Advantage, Actor, Critic and Asynchronous, each from the run that has just ended."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
+    draw_advantage(server, top_left)
+    draw_actor_and_critic(server, top_right, bottom_left)
+    draw_staleness(server, bottom_right)
+    figure.savefig(path)
+
+
+def draw_advantage(server, axes, learned_steps=30):
+    """Draw an episode that goes wrong: first the policy of this run plays, then chance."""
+    environment = Environment("picture", "test", server)
+    agent = environment.agent
+    chance = random.Random(0)
+    s, _ = environment.env.reset(seed=0)
+    step = 0
+    done = False
+    while not done:
+        if step < learned_steps:
+            a = agent.act(s, greedy=True)
+        else:
+            a = chance.randrange(NUM_ACTIONS)
+        s_, _, terminated, truncated, _ = environment.env.step(a)
+        step += 1
+        done = terminated or truncated
+        r = environment.reward(step, done)
+        agent.advantage_push_local_brain(s, a, r, None if done else s_)
+        s = s_
+    environment.env.close()
+
+    states, _, R_n, later_states, mask = map(np.array, zip(*agent.brain.train_queue))
+    v = server.model(states)[1].numpy().ravel()
+    R = R_n + GAMMA_N * server.model(later_states)[1].numpy().ravel() * mask
+    if step > learned_steps:
+        axes.axvspan(learned_steps, step, color="0.93")
+    axes.plot(v, label="V(s), what the critic expects", color=BLUE)
+    axes.plot(R, label=f"R, {N_STEP_RETURN} rewards and γⁿ·V(s')", color=ORANGE, linewidth=1)
+    axes.bar(range(step), R - v, label="advantage R − V(s)", color=GREEN, alpha=.6)
+    axes.set(title="Advantage: better or worse than expected?",
+             xlabel=f"step of an episode (from {learned_steps} on: random pushes)",
+             ylim=(min(-1.1, *v, *R, *(R - v)), max(1.2, *v, *R)))      # room for the legend
+    axes.legend(fontsize="small", loc="upper left")
+
+
+def draw_actor_and_critic(server, actor, critic):
+    """Draw what the network says for a cart that stands still in the middle."""
+    angle, velocity = np.meshgrid(np.radians(np.linspace(-12, 12, 81)), np.linspace(-2, 2, 81))
+    nothing = np.zeros(angle.size)
+    p, v = server.model(np.column_stack([nothing, nothing, angle.ravel(), velocity.ravel()]))
+    p_right = np.reshape(p[:, 1], angle.shape)
+    v = np.reshape(v, angle.shape)
+    degrees = np.degrees(angle)
+
+    # The map from blue to orange-red shows a colour-blind reader, too, on which side of ½ p lies.
+    image = actor.pcolormesh(degrees, velocity, p_right, cmap="RdBu_r", vmin=0, vmax=1)
+    actor.figure.colorbar(image, ax=actor)
+    if p_right.min() < .5 < p_right.max():
+        actor.contour(degrees, velocity, p_right, [.5], colors="black")
+    image = critic.pcolormesh(degrees, velocity, v, cmap="viridis")
+    critic.figure.colorbar(image, ax=critic)
+    actor.set_title("Actor: p(right); black line: ½")
+    critic.set_title("Critic: V(s), discounted reward to come")
+    for axes in actor, critic:
+        axes.set(xlabel="angle of the pole (degrees, positive: to the right)",
+                 ylabel="angular velocity (rad/s)")
+
+
+def draw_staleness(server, axes):
+    """Draw how often a gradient was how many updates old."""
+    counts = np.bincount(server.staleness)
+    axes.bar(range(len(counts)), counts / counts.sum(), color=PURPLE, width=1)
+    axes.set(title="Asynchronous: how old were the weights?", yscale="log",
+             xlabel="updates by other threads between pull and update",
+             ylabel="fraction of all updates", xlim=(-1, max(8, len(counts))))
+
+
+def film(env, folder, name, in_window):
+    """Film the 1st, 2nd and 9th episode, and so on (gym's own choice); in a window, show all."""
+    # Otherwise Mesa may crash, because its LLVM and TensorFlow's are two versions of one library.
+    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"
+    if not in_window:
+        os.environ["SDL_VIDEODRIVER"] = "dummy"         # draw without a screen
+    env = gym.wrappers.RecordVideo(env, str(folder), name_prefix=name)
+    return gym.wrappers.HumanRendering(env) if in_window else env
+
+
+def play(play_episode, count):
+    """Play episodes, and print the steps of each and their mean."""
+    steps = []
+    for number in range(1, count + 1):
+        steps.append(play_episode())
+        say(f"test  episode {number}  steps {steps[-1]}")
+    if steps:
+        say(f"test: mean of {count} episodes {np.mean(steps):.1f} steps")
+
+
+def run_program(main):
+    """Call `main` and end with the exit status it returns: after Ctrl-C 130, after SIGTERM 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    run_program(main)
+
+# `uv run a3c_cartpole.py` installs what these lines name, in an environment of its own.
 # /// script
 # requires-python = ">=3.10,<3.14"
 # dependencies = [
@@ -6,681 +988,3 @@
 #   'keras>=3.12,<4', 'gymnasium[classic-control]>=1.4,<2', 'numpy>=2.1,<3', 'rich>=13.7,<16',
 #   'moviepy>=2.1,<3', 'matplotlib>=3.9,<4']
 # ///
-"""A3C on CartPole, complete in this one file: Keras, TensorFlow and threads, on the CPU.
-
-The program of the article 「【強化学習】実装しながら学ぶA3C【CartPoleで棒立て:1ファイルで完結】」
-(Sugulu, 2017, https://qiita.com/sugulu/items/acbc909dd9b74b043e45) for today's libraries, with its
-classes, methods and constants in its order; README.md lists the differences. "The paper" is Mnih
-et al., https://arxiv.org/abs/1602.01783, whose Algorithm S3 it follows, as does Jaromír Janisch's
-"Let's make an A3C", https://jaromiru.com/2017/02/16/lets-make-an-a3c-theory/.
-`python a3c_cartpole.py` learns, then films the learned policy; `--help` lists the options.
-Shapes in comments: B samples in a batch, W weights in the network (131), all in one vector θ.
-"""
-import argparse
-import bisect
-import contextlib
-import ctypes
-import functools
-import itertools
-import os
-import queue
-import random
-import signal
-import sys
-import tempfile
-import threading
-import time
-import warnings
-from collections import deque, namedtuple
-from pathlib import Path
-
-os.environ["KERAS_BACKEND"] = "tensorflow"
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"               # CPU only: so small a network gains nothing
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")      # TensorFlow's start-up chatter,
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")     # and its notice of kernels unused here
-
-import gymnasium as gym
-import keras
-import numpy as np
-import tensorflow as tf
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Column, Table
-
-# -- constants of Game
-ENV = "CartPole-v0"
-NUM_STATES = 4          # position (m), velocity (m/s) of the cart; angle (rad), rad/s of the pole
-NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
-NONE_STATE = np.zeros(NUM_STATES)       # stands for s' where the episode is over
-ONE_HOT = np.eye(NUM_ACTIONS)           # row a stands for action a
-
-# -- constants of LocalBrain
-MIN_BATCH = 5           # samples; fewer wait in the queue for the next update
-LOSS_V = .5             # weight of the value loss
-LOSS_ENTROPY = .01      # weight of the entropy, which keeps the policy from settling too early
-LEARNING_RATE = 5e-3    # η of RMSProp
-RMSPROP_DECAY = .99     # α, the share of its mean square that RMSProp keeps at each update
-
-# -- constants of Advantage, the Bellman equation
-GAMMA = .99             # γ, discount of a reward, per step
-N_STEP_RETURN = 5       # n, rewards summed before V(s') stands for all that follow
-GAMMA_N = GAMMA ** N_STEP_RETURN
-
-# -- constants of the threads
-N_WORKERS = 8           # learning threads
-T_MAX = 10              # steps of a thread between two of its updates
-
-# -- constants of ε-greedy
-EPS_START = .5          # share of random actions at the first step,
-EPS_END = 0.            # and from EPS_STEPS on; linear in between
-EPS_STEPS = 200 * N_WORKERS     # steps of all threads together
-
-# -- a batch: columns of s, a one-hot, R, s', mask of s', and 1 (0 where a row only fills up)
-COLUMNS = [NUM_STATES, NUM_ACTIONS, 1, NUM_STATES, 1, 1]
-BATCH_ROWS = MIN_BATCH - 1 + T_MAX + N_STEP_RETURN - 1      # the most samples that can wait
-
-
-class ParameterServer:
-    """The weights θ that all threads share, and all else that they share.
-
-    Article: 「ParameterServer」, Fig. 2. Paper: the global parameters θ, θv and the counter T.
-    θ and the mean square are replaced, never written to: who holds one reads on without a lock.
-    """
-
-    def __init__(self, *, env=ENV, workers=N_WORKERS, seed=None, max_episodes=20_000,
-                 test_episodes=10, log=False):
-        self.env, self.workers, self.seed, self.log = env, workers, seed, log
-        self.max_episodes, self.test_episodes = max_episodes, test_episodes
-        self.limit = gym.spec(env).max_episode_steps    # 200 in CartPole-v0, 500 in v1
-        self._model = self._build_model()
-        weights = self._model.get_weights()
-        ends = np.cumsum([0] + [weight.size for weight in weights])
-        self.places = [(slice(a, b), w.shape) for a, b, w in zip(ends, ends[1:], weights)]
-        self.theta = self.pack(weights)                 # (W,), the one truth about the weights
-        self.mean_square = np.ones_like(self.theta)     # (W,), of gradients; 1 as in TensorFlow 1
-        self.update_graph = None                # see LocalBrain._build_graph
-        self.updates = 0                        # that have changed θ,
-        self.update_lock = threading.Lock()     # one after the other, or some would be lost
-        self.frames = 0                         # steps of all learning threads
-        self.history = []                       # an Episode for each one that they finished
-        self.counter_lock = threading.Lock()    # of frames and history; one for all: half as fast
-        self.is_learned = threading.Event()     # θ is the winner's and stays as it is
-        self.stop = threading.Event()           # learning is over for any reason
-        self.started, self.failed = time.perf_counter(), []     # names of threads that failed
-
-    def _build_model(self):
-        """Define the network, Fig. 1: state (B, 4) → p of each action (B, 2), value V (B, 1)."""
-        glorot = keras.initializers.GlorotUniform(keras.random.SeedGenerator(self.seed))
-        dense = functools.partial(keras.layers.Dense, kernel_initializer=glorot)
-        l_input = keras.Input((NUM_STATES,), name="state")
-        l_dense = dense(16, "relu", name="hidden")(l_input)
-        out_actions = dense(NUM_ACTIONS, "softmax", name="policy")(l_dense)
-        out_value = dense(1, "linear", name="value")(l_dense)
-        return keras.Model(l_input, [out_actions, out_value], name="A3C")
-
-    @property
-    def model(self):
-        """The Keras model with the weights as they are now; changing it does not change θ."""
-        self._model.set_weights(self.unpack(self.theta))
-        return self._model
-
-    def pack(self, weights):
-        """Join kernels and biases of any shape into one vector (W,)."""
-        return np.concatenate([weight.ravel() for weight in weights])
-
-    def unpack(self, theta, reshape=np.ndarray.reshape):
-        """Cut a vector (W,) into kernels and biases; tf.reshape does so to a tensor."""
-        return [reshape(theta[place], shape) for place, shape in self.places]
-
-    @staticmethod
-    def rmsprop(theta, mean_square, gradient):
-        """One step of shared RMSProp, all (W,): paper, section 4, with TensorFlow 1's ε."""
-        mean_square = RMSPROP_DECAY * mean_square + (1 - RMSPROP_DECAY) * gradient ** 2
-        return theta - LEARNING_RATE * gradient / tf.sqrt(mean_square + 1e-10), mean_square
-
-    def apply_update(self, batch, local_theta):
-        """Let the gradient of a batch (B, 13) at θ' (W,) change θ; nothing once learning is over.
-
-        Raises FloatingPointError, and leaves θ, if the loss or a weight would not be finite.
-        """
-        with self.update_lock:
-            if self.stop.is_set():
-                return
-            packed = np.concatenate([batch.ravel(), local_theta, self.theta, self.mean_square])
-            updated = self.update_graph(packed).numpy()
-            if not np.isfinite(updated).all():
-                raise FloatingPointError(f"loss or a weight is not finite at step {self.frames}")
-            self.theta, self.mean_square = updated[:-1].reshape(2, -1)
-            self.updates += 1
-
-    def finish_episode(self, name, trial, step, mean):
-        """Record an episode; True for one worker at the most, the first to meet the stop rule."""
-        with self.counter_lock:
-            if self.stop.is_set():
-                return False
-            seconds = round(time.perf_counter() - self.started, 3)
-            self.history.append(Episode(name, trial, step, mean, self.frames, seconds))
-            if self.log:
-                say_episode(self.history[-1])
-            is_winner = mean > self.limit - 1
-            if is_winner or len(self.history) >= self.max_episodes:
-                self.stop.set()
-            return is_winner
-
-
-class LocalBrain:
-    """A thread's own copy of the weights: it acts, gathers samples and turns them into updates.
-
-    Article: 「LocalBrain」. Paper: the thread's parameters θ', θv' and its gradients dθ, dθv.
-    `theta`: θ' (W,). `train_queue`: lists of s (4,), a one-hot (2,), R, s' (4,), its mask.
-    """
-
-    def __init__(self, name, parameter_server):
-        self.name, self.parameter_server = name, parameter_server
-        self.train_queue, self.cut = [[], [], [], [], []], [None]       # see predict_p
-        self.pull_parameter_server()
-        if parameter_server.update_graph is None:       # one for all brains, and before any thread
-            parameter_server.update_graph = self._build_graph()     # starts: tracing there races
-
-    @staticmethod
-    def loss_total(p, v, a, r):
-        """Loss of each sample (B, 1), from p (B, 2), V(s) (B, 1), a one-hot (B, 2) and R (B, 1).
-
-        Article: 「Actor-Critic」. Paper, section 4: log π·(R − V) up, (R − V)² and Σ p·log p down.
-        """
-        log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1, keepdims=True) + 1e-10)
-        advantage = r - v
-        loss_policy = -log_prob * tf.stop_gradient(advantage)   # for the actor it is a constant
-        loss_value = LOSS_V * tf.square(advantage)              # for the critic the error to reduce
-        entropy = LOSS_ENTROPY * tf.reduce_sum(p * tf.math.log(p + 1e-10), axis=1, keepdims=True)
-        return loss_policy + loss_value + entropy
-
-    def gradient(self, batch, theta):
-        """Mean loss of a batch (B, 13) at θ' (W,), and its gradient (W,)."""
-        s, a, r, s_, s_mask, is_sample = tf.split(batch, COLUMNS, axis=1)
-        network, unpack = self.parameter_server._model.stateless_call, self.parameter_server.unpack
-        (_, v), _ = network(unpack(theta, tf.reshape), [], s_)
-        r = r + GAMMA_N * v * s_mask        # V(s') is a constant: the tape has not begun
-        with tf.GradientTape() as tape:
-            tape.watch(theta)
-            (p, v), _ = network(unpack(theta, tf.reshape), [], s)
-            losses = self.loss_total(p, v, a, r) * is_sample
-            loss = tf.reduce_sum(losses) / tf.reduce_sum(is_sample)
-        return loss, tape.gradient(loss, theta)
-
-    def _build_graph(self):
-        """Compile an update, a pure function: (batch, θ', θ, mean square) → (θ, mean square, loss).
-
-        From one vector to one: every array that passes between NumPy and TensorFlow takes 10 µs.
-        """
-        W = len(self.theta)
-
-        def update(packed):
-            batch = tf.reshape(packed[:-3 * W], [-1, sum(COLUMNS)])
-            local_theta, theta, mean_square = tf.split(packed[-3 * W:], 3)
-            loss, gradient = self.gradient(batch, local_theta)
-            theta, mean_square = self.parameter_server.rmsprop(theta, mean_square, gradient)
-            return tf.concat([theta, mean_square, [loss]], axis=0)
-
-        example = np.ones(BATCH_ROWS * sum(COLUMNS) + 3 * W, np.float32)
-        graph = tf.function(update, jit_compile=True)
-        usual = graph.get_concrete_function(tf.constant(example))   # 100 µs faster than `graph`
-        usual(tf.constant(example))                                 # XLA compiles at first call
-        return lambda packed: (usual if len(packed) == len(example) else graph)(tf.constant(packed))
-
-    def pull_parameter_server(self):
-        """Take over all weights from the server, as the latest update or push left them."""
-        self.theta = self.parameter_server.theta
-
-    def push_parameter_server(self):
-        """Hand all weights to the server, between two updates and never in the midst of one."""
-        with self.parameter_server.update_lock:
-            self.parameter_server.theta = self.theta
-
-    def update_parameter_server(self):
-        """Empty the queue into one step on the server's weights; below MIN_BATCH samples, wait."""
-        if len(self.train_queue[0]) < MIN_BATCH:
-            return
-        s, a, r, s_, s_mask = self.train_queue
-        self.train_queue = [[], [], [], [], []]
-        batch = np.zeros((max(BATCH_ROWS, len(s)), sum(COLUMNS)), np.float32)
-        batch[:len(s)] = np.column_stack([s, a, r, s_, s_mask, np.ones(len(s))])
-        self.parameter_server.apply_update(batch, self.theta)
-
-    def predict_p(self, s):
-        """Probability of each action, s (B, 4) → p (B, 2), for any number of Dense relu layers.
-
-        In NumPy: 7 µs, where the Keras model takes 1600.
-        """
-        if self.cut[0] is not self.theta:       # once a pull, not once a step
-            *hidden, kernel, bias, _, _ = self.parameter_server.unpack(self.theta)
-            self.cut = self.theta, list(zip(hidden[::2], hidden[1::2])), kernel, bias
-        _, hidden, kernel, bias = self.cut
-        for k, b in hidden:
-            s = np.maximum(s @ k + b, 0)
-        z = s @ kernel + bias
-        return np.exp(z - np.logaddexp.reduce(z, axis=1, keepdims=True, dtype=float))   # softmax
-
-    def train_push(self, s, a, r, s_):
-        """Queue a sample: s (4,), a one-hot (2,), R, s' (4,) n steps later or None at the end."""
-        sample = (s, a, r, NONE_STATE, 0.) if s_ is None else (s, a, r, s_, 1.)
-        for column, value in zip(self.train_queue, sample):
-            column.append(value)
-
-
-class Agent:
-    """The pole on its cart that decides what to do, and remembers its last N_STEP_RETURN steps.
-
-    Article: 「Agent」 and 「Advantage」. `memory`: (s, a one-hot, r, s') of each of these steps.
-    """
-
-    def __init__(self, name, parameter_server):
-        self.parameter_server, self.memory = parameter_server, deque()
-        self.brain = LocalBrain(name, parameter_server)
-        seed = parameter_server.seed
-        self.random = random.Random(None if seed is None else f"{seed} {name}")     # no one else's
-
-    def epsilon(self):
-        """Share of random actions by now; EPS_STEPS are for N_WORKERS, fewer for fewer workers."""
-        server = self.parameter_server
-        share = min(1, server.frames * N_WORKERS / (EPS_STEPS * server.workers))
-        return EPS_START + share * (EPS_END - EPS_START)
-
-    def act(self, s, *, greedy=False):
-        """Choose an action for s (4,): at random by ε, else by p; `greedy`: the most probable."""
-        if not greedy and self.random.random() < self.epsilon():
-            return self.random.randrange(NUM_ACTIONS)
-        p = self.brain.predict_p(s[np.newaxis])[0].tolist()
-        if greedy:
-            return p.index(max(p))
-        *bounds, _ = itertools.accumulate(p)        # random.choices(range(NUM_ACTIONS), p)[0]
-        return bisect.bisect(bounds, self.random.random())      # does the same, 5 % slower in all
-
-    def advantage_push_local_brain(self, s, a, r, s_):
-        """Remember a step; hand the brain each sample whose n-step return is complete.
-
-        R = r0 + γ·r1 + … + γ^(n-1)·r(n-1); the brain adds γ^n·V(s'). Paper: Algorithm S3, R ← r+γR.
-        At the episode's end (s_ is None) the memory runs empty, with ever shorter sums.
-        """
-        self.memory.append((s, ONE_HOT[a], r, s_))
-        while len(self.memory) >= N_STEP_RETURN or (s_ is None and self.memory):
-            R = sum(GAMMA ** k * r_k for k, (_, _, r_k, _) in enumerate(self.memory))
-            s0, a0, _, _ = self.memory.popleft()
-            self.brain.train_push(s0, a0, R, s_)
-
-
-class Environment:
-    """One CartPole with its agent. Article: 「Environment」, steps 1 to 9 of 「Asynchronous」."""
-
-    def __init__(self, name, thread_type, parameter_server):
-        self.name, self.thread_type, self.parameter_server = name, thread_type, parameter_server
-        self.env = gym.make(parameter_server.env, disable_env_checker=True,
-                            render_mode="rgb_array" if thread_type == "test" else None)
-        self.agent = Agent(name, parameter_server)
-        self.total_reward_vec = np.zeros(10)            # steps of the last 10 episodes,
-        self.thetas = deque(maxlen=10)                  # and θ' at the end of each
-        self.count_trial_each_thread = 0
-        self.turn = self.next_turn = queue.SimpleQueue()    # always its own turn, but see learn
-        self.turn.put("go")
-
-    def run(self):
-        """Play one episode; return its steps, or None if learning was over before its end."""
-        server, agent, learning = self.parameter_server, self.agent, self.thread_type == "learning"
-        agent.brain.pull_parameter_server()
-        seed = None if self.count_trial_each_thread else agent.random.getrandbits(31)
-        (s, _), step, done = self.env.reset(seed=seed), 0, False
-        while not done:
-            a = agent.act(s, greedy=not learning)
-            s_, _, terminated, truncated, _ = self.env.step(a)
-            step += 1
-            done = terminated or truncated
-            if learning:
-                with server.counter_lock:
-                    server.frames += 1
-                r = 0 if not done else -1 if step < server.limit - 1 else 1
-                agent.advantage_push_local_brain(s, a, r, None if done else s_)
-                if done or step % T_MAX == 0:
-                    agent.brain.update_parameter_server()
-                    agent.brain.pull_parameter_server()
-                    if not done:
-                        self.next_turn.put("go")
-                        self.turn.get()
-                    if server.stop.is_set():
-                        return None
-            s = s_
-
-        self.count_trial_each_thread += 1
-        self.total_reward_vec = np.hstack((self.total_reward_vec[1:], step))
-        self.thetas.append(agent.brain.theta)
-        if learning and server.finish_episode(self.name, self.count_trial_each_thread, step,
-                                              self.total_reward_vec.mean()):
-            agent.brain.theta = np.mean(self.thetas, axis=0)    # of all that met the rule together
-            agent.brain.push_parameter_server()
-            server.is_learned.set()
-        return step
-
-
-class WorkerThread:
-    """What a "learning" or the "test" thread runs. Article: 「Worker_Thread」."""
-
-    def __init__(self, thread_name, thread_type, parameter_server):
-        self.name, self.thread_type = thread_name, thread_type
-        self.parameter_server = parameter_server
-        self.environment = Environment(thread_name, thread_type, parameter_server)
-
-    def run(self):
-        """Learn until learning is over, or end it by failing; the test worker plays."""
-        server, environment = self.parameter_server, self.environment
-        try:
-            if self.thread_type == "test":
-                return play(environment.run, server.test_episodes, self.name)
-            while not server.stop.is_set():
-                environment.turn.get()
-                if not server.stop.is_set():
-                    environment.run()
-                environment.next_turn.put("go")
-        finally:
-            server.stop.set()
-            environment.next_turn.put("go")
-            environment.env.close()
-
-
-def main(argv=None):
-    """Run the program and return its exit status. Article: 「メイン関数」, steps M0 to M3."""
-    args = parse_arguments(
-        argv, "Learn CartPole with A3C, then film what was learned.", "movie/A3C",
-        ("--env", dict(default=ENV, choices=["CartPole-v0", "CartPole-v1"],
-                       help="200 or 500 steps; no other, for the rewards are CartPole's")),
-        ("--workers", dict(default=N_WORKERS, type=from_1, help="learning threads")),
-        ("--max-episodes", dict(default=20_000, type=from_1, help="of all workers together")))
-    run = Run(args.out)
-    # M0. What all threads share
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")    # set-up −0.3 s
-    os.environ.update(TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")   # steps/s +50 %
-    server = ParameterServer(env=args.env, workers=args.workers, seed=args.seed, log=args.log,
-                             max_episodes=args.max_episodes, test_episodes=args.test_episodes)
-
-    # M1. The workers
-    workers = [WorkerThread(f"local_thread{i + 1}", "learning", server)
-               for i in range(0 if args.play else args.workers)]
-    test = WorkerThread("test_thread", "test", server)
-
-    # M2. The learning workers run, each in a thread
-    if args.play:
-        server.theta = server.pack(load_weights(server.model, args.play).get_weights())
-        server.is_learned.set()
-    else:
-        learn(server, workers, run)
-
-    # M3. The test worker runs on the main thread: macOS opens windows nowhere else
-    if server.is_learned.is_set():
-        with run.attempt("test"):
-            test.environment.env = film(test.environment.env, args.out, "A3C", args.render)
-            test.run()
-    return 0 if server.is_learned.is_set() and not run.lost else 1
-
-
-def learn(server, workers, run):
-    """M2: run the workers until learning is over, and keep what came of it, however it ended."""
-    if server.seed is not None:     # in turns, any number of workers repeats to the last bit
-        for worker, following in zip(workers, workers[1:] + workers[:1]):
-            worker.environment.next_turn = following.environment.turn
-        for worker in workers[1:]:
-            worker.environment.turn.get()
-    server.started, epsilon = time.perf_counter(), workers[0].environment.agent.epsilon
-    try:
-        with live_table(server.history, server.limit, lambda: f"ε {epsilon():.2f}", server.log):
-            run_threads({w.name: w.run for w in workers}, server.stop, server.failed)
-    finally:
-        learned, seconds = server.is_learned.is_set(), time.perf_counter() - server.started
-        say(summary(learned, seconds, server.frames, len(server.history), server.workers,
-                    server.max_episodes, server.failed))
-        run.keep({"A3C": server.model}, learned, server.history, server.limit,
-                 f"A3C on {server.env}, {server.workers} workers")
-
-
-# -- all that is not A3C: it knows nothing of what stands above, and other scripts import it -------
-
-Episode = namedtuple("Episode", "thread episode steps mean_of_last_10 total_steps seconds")
-
-
-def parse_arguments(argv, description, out, *more):
-    """Read the options that such scripts share, and more; a bad one: one line, exit status 2."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error, option = refuse, parser.add_argument
-    screen = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
-    for name, keywords in more:
-        option(name, **keywords)
-    option("--seed", type=from_0, help="of all random numbers")
-    option("--test-episodes", type=from_0, default=10, help="episodes of the test")
-    option("--out", type=Path, default=Path(out), metavar="DIR", help="where files go")
-    option("--play", type=Path, metavar="WEIGHTS", help="do not learn, test this file")
-    option("--render", action=argparse.BooleanOptionalAction, default=bool(screen),
-           help="show the test in a window")
-    option("--log", action="store_true", default=not (sys.stdout and sys.stdout.isatty()),
-           help="a line for each episode, no table")
-    return parser.parse_args(argv)
-
-
-def from_0(text, lowest=0, highest=2**32 - 1):
-    """The type of a whole number in the command line; libraries take no larger seed."""
-    if not text.isdecimal() or not lowest <= int(text) <= highest:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {lowest} to {highest}")
-    return int(text)
-
-
-from_1 = functools.partial(from_0, lowest=1)
-
-
-def refuse(message):
-    """Say in one line what is wrong and what would be right, and exit with status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def say(line):
-    """Print a line at once; that nobody reads on (`| head`) must not cost the run."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def say_episode(e):
-    """Print an Episode as the article does."""
-    say("{}  episode {}  steps {}  mean of last 10 {:.1f}".format(*e))
-
-
-def run_threads(jobs, over, failed):
-    """Run {name: function} in threads until the event `over`; what hangs then is left after 2 s.
-
-    The first that fails ends all, is shown, and named in `failed`. They share a core where the
-    system can: Python runs one at a time, and waking one elsewhere takes longer.
-    """
-    def work(name):
-        try:
-            jobs[name]()
-        except Exception:
-            failed.append(name)
-            over.set()
-            if failed[0] == name:       # `threading` prints it, with the thread's name
-                raise
-
-    core = ctypes.CDLL(None).sched_getcpu() if sys.platform == "linux" else None
-    threads = [threading.Thread(target=work, args=[n], name=n, daemon=True) for n in jobs]
-    try:
-        for thread in threads:
-            thread.start()
-            with contextlib.suppress(AttributeError, OSError):
-                os.sched_setaffinity(thread.native_id, {core})
-        while not over.wait(.1):    # a wait without end would keep Ctrl-C out on Windows
-            pass
-    finally:
-        over.set()
-        end = time.monotonic() + 2
-        for thread in filter(threading.Thread.is_alive, threads):
-            thread.join(max(0, end - time.monotonic()))
-
-
-def summary(learned, seconds, steps, episodes, workers, max_episodes, failed):
-    """The line that says what came of learning, and that tools read."""
-    facts = f"{steps} steps, {episodes} episodes, {workers} workers, {steps / seconds:.0f} steps/s"
-    if learned:
-        return f"learned in {seconds:.1f} s: {facts}"
-    if episodes >= max_episodes:
-        return f"not learned within {episodes} episodes: {seconds:.1f} s, {facts}"
-    reason = f"{failed[0]} failed" if failed else "interrupted"
-    return f"not learned, {reason} after {seconds:.1f} s: {facts}"
-
-
-class Run:
-    """What a script leaves in a folder, and how it ends: Ctrl-C and SIGTERM exit with 130 and 143.
-
-    They run every `finally` on their way. `lost`: what failed; each costs a line on stderr.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.lost, self.status, self.must_finish = folder, [], None, False
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            refuse(f"argument --out: {error}; name a folder that can be created and written")
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, self.interrupt)
-        gym.logger.min_level = gym.logger.ERROR     # or it says that v0 is old, and films replaced
-
-    def interrupt(self, number, _frame):
-        """End the program, or let it end as soon as what must be finished is."""
-        self.status = 128 + number
-        if not self.must_finish:
-            sys.exit(self.status)
-
-    @contextlib.contextmanager
-    def uninterrupted(self):
-        """Put off Ctrl-C and SIGTERM to the end of the block."""
-        self.must_finish = True
-        try:
-            yield
-        finally:
-            self.must_finish = False
-        if self.status:
-            sys.exit(self.status)
-
-    @contextlib.contextmanager
-    def attempt(self, product):
-        """Turn a failure in the block into a line."""
-        try:
-            yield
-        except Exception as error:
-            self.lost.append(product)
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"{product} lost: {cause[:300]}", file=sys.stderr, flush=True)
-
-    def keep(self, models, learned, history, limit, title):
-        """Write what was learned, and first of all the weights of `models`, {name: Keras model}."""
-        with self.uninterrupted():
-            for name, model in models.items():
-                with self.attempt("weights"):
-                    name += ".weights.h5" if learned else ".unfinished.weights.h5"
-                    save_weights(model, self.folder / name)
-            with self.attempt("history.csv"):
-                lines = [",".join(map(str, row)) + "\n" for row in [Episode._fields, *history]]
-                (self.folder / "history.csv").write_text("".join(lines))
-            with self.attempt("learning_curve.png"):
-                draw_learning_curve(history, self.folder / "learning_curve.png", limit, title)
-            for name, model in models.items():
-                with self.attempt(f"{name}.png"):
-                    try:
-                        keras.utils.plot_model(model, self.folder / f"{name}.png",
-                                               show_shapes=True, show_layer_names=True)
-                    except ImportError as error:    # without pydot or Graphviz
-                        say(f"no {name}.png: {error}")
-            say(f"all files are in {self.folder}")
-
-
-def save_weights(model, path):
-    """Write weights beside their place, then rename: their name never stands for half a file."""
-    part = path.with_name("part.h5")
-    with tempfile.TemporaryDirectory() as folder:   # there first: HDF5 crashes on a full disk
-        model.save_weights(Path(folder, path.name))
-        part.write_bytes(Path(folder, path.name).read_bytes())
-    os.replace(part, path)
-
-
-def load_weights(model, path):
-    """Fill a Keras model from the file of an earlier run and return it, or exit with status 2."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)     # for layers that Keras leaves alone
-            model.load_weights(path)
-    except Exception as error:
-        cause = type(error).__name__ if path.is_file() else "no such file"
-        refuse(f"argument --play: {str(path)!r} holds no weights of this network ({cause}); name"
-               f" the {model.name}.weights.h5 of an earlier run")
-    return model
-
-
-def live_table(history, limit, note, log=False):
-    """Show in a `with`, unless `log`, the 16 best threads of a growing list, and `note()`."""
-    began = time.perf_counter()
-
-    def table():
-        last, seconds = {e.thread: e for e in history}, time.perf_counter() - began
-        steps = history[-1].total_steps if history else 0
-        numbers = [Column(heading, justify="right") for heading in
-                   ("worker", "episodes", "last steps", "mean of last 10")]
-        footer = (f"{steps} steps  {len(history)} episodes  {steps / seconds:.0f} steps/s"
-                  f"  {seconds:.1f} s  {note()}")
-        table = Table(*numbers, f"0 to {limit}", box=None, caption=footer, caption_justify="left")
-        best = sorted(last.values(), key=lambda e: -e.mean_of_last_10)[:16]
-        for e in sorted(best, key=lambda e: (len(e.thread), e.thread)):
-            won = e.mean_of_last_10 > limit - 1
-            bar = ProgressBar(limit, e.mean_of_last_10, width=20)
-            table.add_row("★ " * bool(won) + e.thread, str(e.episode), str(e.steps),
-                          f"{e.mean_of_last_10:.1f}", bar, style="bold green" if won else None)
-        return table
-    return contextlib.nullcontext() if log else Live(get_renderable=table, refresh_per_second=2)
-
-
-def draw_learning_curve(history, path, limit, title):
-    """Draw each thread's mean of its last 10 episodes over the steps of all, the winner strong."""
-    from matplotlib.figure import Figure  # takes 0.3 s; without pyplot it opens no window
-    axes = Figure(figsize=(8, 5), dpi=100, layout="constrained").add_subplot()
-    axes.axhline(limit - 1, color="black", linestyle="--", label=f"learned above {limit - 1}")
-    for thread in {e.thread: None for e in history}:
-        steps, means = zip(*[(e.total_steps, e.mean_of_last_10) for e in history
-                             if e.thread == thread])
-        won = means[-1] > limit - 1
-        axes.plot(steps, means, linewidth=2.5 if won else .8, alpha=1 if won else .6,
-                  zorder=3 if won else 2, label=f"{thread} has learned" if won else None)
-    axes.set(title=title, xlabel="steps in all", xlim=(0, None), ylim=(0, None),
-             ylabel="steps an episode, mean of the last 10")
-    axes.legend(loc="lower right")
-    axes.figure.savefig(path)
-
-
-def film(env, folder, name, shown):
-    """Wrap an environment: each episode goes to a film and, if `shown`, to a window."""
-    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"    # else Mesa's LLVM crashes beside XLA's
-    if not shown:
-        os.environ["SDL_VIDEODRIVER"] = "dummy"         # CartPole draws with no screen, too
-    env = gym.wrappers.RecordVideo(env, str(folder), lambda _: True, name_prefix=name)
-    return gym.wrappers.HumanRendering(env) if shown else env
-
-
-def play(episode, count, name):
-    """Call `episode` `count` times, say the steps it returns and, however it ends, their mean."""
-    played = []
-    try:
-        while len(played) < count:
-            played.append(episode())
-            say(f"{name}  episode {len(played)}  steps {played[-1]}")
-    finally:
-        if played:
-            say(f"test: mean of {len(played)} episodes {np.mean(played):.1f} steps")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
