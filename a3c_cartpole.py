@@ -7,7 +7,8 @@ gradient) and hands this gradient to the parameter server, which changes θ. The
 
     python a3c_cartpole.py      # learns within seconds; films and pictures are then in movie/A3C
 
-This is the program of Sugulu's article of 2017, 「実装しながら学ぶA3C【CartPoleで棒立て:1ファイルで完結】」
+This is the program of an article by Sugulu (2017),
+「実装しながら学ぶA3C【CartPoleで棒立て:1ファイルで完結】」
 (https://qiita.com/sugulu/items/acbc909dd9b74b043e45), brought up to today's libraries. "The paper"
 is Mnih et al., 2016, https://arxiv.org/abs/1602.01783. The classes stand in the order of the
 article's complete listing; its text explains them in the order main, WorkerThread, Environment,
