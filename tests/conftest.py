@@ -1,7 +1,6 @@
-"""What the tests share: the program as a module, small servers, and the program as a process."""
+"""What the tests share: a parameter server, samples, a network in NumPy, and Python processes."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +10,44 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 PROGRAM = ROOT / "a3c_cartpole.py"
-MOVIE = Path("movie", "A3C")  # where a run leaves its files, below the folder it ran in
-GIVEN = {**os.environ}  # before the program's import adds to it
+GIVEN = dict(os.environ)  # before the program's import adds to it
 
 import a3c_cartpole as a3c  # noqa: E402
 
 
 def pytest_configure(config):
-    """Leave out the notices that the program itself leaves out."""
-    for notice in "CartPole-v0 is out of date", "Overwriting existing videos":
+    """Leave out notices: two that the program leaves out, too, and one of Keras about NumPy."""
+    for notice in "CartPole-v0 is out of date", "Overwriting existing videos", "__array__":
         config.addinivalue_line("filterwarnings", f"ignore:.*{notice}")
 
 
-@pytest.fixture
-def server():
+@pytest.fixture(scope="session")
+def only_server():
+    """The one server of all tests, because making one and compiling for it takes a second."""
     return a3c.ParameterServer(seed=7)
+
+
+@pytest.fixture
+def server(only_server):
+    """A server as it is at the beginning, with the same weights in each test."""
+    only_server.theta = random_weights(only_server)
+    only_server.mean_square = np.ones_like(only_server.theta)
+    only_server.updates = 0
+    only_server.frames = 0
+    only_server.staleness = []
+    only_server.is_learned = False
+    only_server.seed = 7
+    only_server.eps_steps = a3c.EPS_STEPS
+    only_server.progress = a3c.Progress("CartPole-v0", 20_000)
+    return only_server
+
+
+def random_weights(server):
+    """Random weights, none of them 0, so that a forgotten bias would be noticed."""
+    rng = np.random.default_rng(7)
+    return rng.normal(size=server.theta.shape, scale=0.5).astype(np.float32)
 
 
 @pytest.fixture
@@ -35,41 +55,26 @@ def brain(server):
     return a3c.LocalBrain("brain", server)
 
 
-@pytest.fixture(scope="session")
-def learned(tmp_path_factory):
-    """A run of eight workers that learned, with two test episodes, and the folder of its files."""
-    folder = tmp_path_factory.mktemp("learned")
-    run = run_program("--seed", 3, "--test-episodes", 2, cwd=folder)
-    assert run.returncode == 0, run.stderr
-    return run, folder / MOVIE
-
-
-@pytest.fixture(scope="session")
-def given_up(tmp_path_factory):
-    """A run of eight workers that ends at its limit, and the folder of its files."""
-    folder = tmp_path_factory.mktemp("given_up")
-    return run_program("--seed", 3, "--max-episodes", 40, cwd=folder), folder / MOVIE
-
-
 @pytest.fixture
 def rng():
     return np.random.default_rng(20171115)
 
 
-@pytest.fixture
-def signals():
-    """Give back the handlers that a Run, or the test, has taken."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory):
+    """A run in a process of its own that learned and played nine test episodes; and its folder."""
+    folder = tmp_path_factory.mktemp("learned")
+    run = run_python(PROGRAM, "--seed", 1, "--test-episodes", 9, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return run, folder / "movie" / "A3C"
 
 
 class FakeEnv:
-    """An environment that lasts a given number of steps, or fails at one of them."""
+    """An environment whose episodes last a given number of steps."""
 
-    def __init__(self, length, fail_at=None):
-        self.length, self.fail_at, self.step_count = length, fail_at, 0
+    def __init__(self, length):
+        self.length = length
+        self.step_count = 0
 
     def reset(self, **_):
         self.step_count = 0
@@ -77,8 +82,6 @@ class FakeEnv:
 
     def step(self, _action):
         self.step_count += 1
-        if self.step_count == self.fail_at:
-            raise RuntimeError("the pole broke")
         state = np.full(4, self.step_count / 100, np.float32)
         return state, 1.0, self.step_count >= self.length, False, {}
 
@@ -86,26 +89,25 @@ class FakeEnv:
         pass
 
 
-def fill_queue(brain, rng, samples, terminal_share=0.3):
-    """Queue random samples; return them as arrays s, a, r, s_, mask."""
+def fill_queue(brain, rng, samples):
+    """Queue random samples, some at the end of an episode; return arrays s, a, R_n, s_, mask."""
     s = rng.normal(size=(samples, 4)).astype(np.float32)
     a = np.eye(2, dtype=np.float32)[rng.integers(0, 2, samples)]
-    r = rng.normal(size=samples).astype(np.float32)
+    R_n = rng.normal(size=samples).astype(np.float32)
     s_ = rng.normal(size=(samples, 4)).astype(np.float32)
-    mask = (rng.random(samples) >= terminal_share).astype(np.float32)
+    mask = (rng.random(samples) >= 0.3).astype(np.float32)
     for i in range(samples):
-        brain.train_push(s[i], a[i], float(r[i]), s_[i] if mask[i] else None)
-    return s, a, r, s_ * mask[:, None], mask
+        brain.train_push(s[i], a[i], float(R_n[i]), s_[i] if mask[i] else None)
+    return s, a, R_n, s_ * mask[:, None], mask
 
 
 def forward(weights, s):
     """The network in plain NumPy, float64: p (B, 2) and V (B,)."""
-    *hidden, kernel, bias, v_kernel, v_bias = [np.asarray(w, np.float64) for w in weights]
-    for w, b in zip(hidden[::2], hidden[1::2]):
-        s = np.maximum(s @ w + b, 0)
-    z = s @ kernel + bias
+    kernel, bias, p_kernel, p_bias, v_kernel, v_bias = [np.asarray(w, float) for w in weights]
+    hidden = np.maximum(s @ kernel + bias, 0)
+    z = hidden @ p_kernel + p_bias
     p = np.exp(z - z.max(axis=1, keepdims=True))
-    return p / p.sum(axis=1, keepdims=True), (s @ v_kernel + v_bias)[:, 0]
+    return p / p.sum(axis=1, keepdims=True), (hidden @ v_kernel + v_bias)[:, 0]
 
 
 def frames_of(film):
@@ -113,17 +115,6 @@ def frames_of(film):
     frames = imageio_ffmpeg.read_frames(str(film))
     width, height = next(frames)["size"]
     return [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in frames]
-
-
-def program_environment(**extra):
-    """What this process was given, without a screen unless a test brings one."""
-    environment = {k: v for k, v in GIVEN.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    return {**environment, **extra}
-
-
-def run_program(*arguments, **options):
-    """Run the program to its end, as a user would, and return what it printed and its status."""
-    return run_python(PROGRAM, *arguments, **options)
 
 
 def run_python(*arguments, cwd, timeout=120, **environment):
@@ -137,24 +128,8 @@ def run_python(*arguments, cwd, timeout=120, **environment):
 
 
 def start_python(*arguments, cwd, **environment):
-    """Start Python in a process of its own, whose lines can be read as they come."""
+    """Start Python in a process of its own, without a screen; its lines can be read at once."""
+    given = {k: v for k, v in GIVEN.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen([sys.executable, "-u", *map(str, arguments)], cwd=cwd, text=True,
-                            encoding="utf-8", env=program_environment(**environment), **pipes)
-
-
-def patched(patch):
-    """Python's arguments to run the program after some lines that break or look at something.
-
-    When `main` is over, however, the names of the threads that are left go to the file `alive`.
-    """
-    return "-c", f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import os, signal, threading, time
-import a3c_cartpole as a3c
-{patch}
-try:
-    sys.exit(a3c.main(sys.argv[1:]))
-finally:
-    a3c.Path("alive").write_text(" ".join(thread.name for thread in threading.enumerate()))
-"""
+                            encoding="utf-8", env={**given, **environment}, **pipes)

@@ -1,7 +1,4 @@
-"""The n-step return: Agent.advantage_push_local_brain against sums done the long way round."""
-
-import collections
-import types
+"""The n-step return: what Agent.advantage_push_local_brain hands to its brain."""
 
 import numpy as np
 import pytest
@@ -10,32 +7,23 @@ import a3c_cartpole as a3c
 
 
 def test_n_step_return_is_the_discounted_sum_of_at_most_n_rewards():
-    agent = a3c.Agent.__new__(a3c.Agent)  # the agent alone: no server, no network
-    agent.memory, returns = collections.deque(), []
-    agent.brain = types.SimpleNamespace(train_push=lambda s, a, R, s_: returns.append(R))
+    # An agent plays an episode of seven steps. The states do not matter here.
+    agent = a3c.Agent("agent", a3c.ParameterServer())
     rewards = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    state = np.zeros(4)
     for t in range(7):
-        s_ = np.zeros(4) if t < 6 else None  # None: the episode is over
-        agent.advantage_push_local_brain(np.zeros(4), 0, rewards[t], s_)
+        is_last = t == 6
+        agent.advantage_push_local_brain(state, 0, rewards[t], None if is_last else state)
 
-    assert len(returns) == 7
+    # Its brain has then been given one sample for each step, with this sum of rewards:
     for t in range(7):
-        R = 0.0
+        R_n = 0.0
         for k in range(a3c.N_STEP_RETURN):
             if t + k < 7:
-                R += a3c.GAMMA**k * rewards[t + k]
-        assert returns[t] == pytest.approx(R)
-
-
-@pytest.fixture
-def agent():
-    """An agent without a server, whose brain keeps the samples it is handed."""
-    agent = a3c.Agent.__new__(a3c.Agent)
-    agent.memory, samples = collections.deque(), []
-    agent.brain = types.SimpleNamespace(
-        samples=samples, train_push=lambda *sample: samples.append(sample)
-    )
-    return agent
+                R_n += a3c.GAMMA**k * rewards[t + k]
+        sample = agent.brain.train_queue[t]
+        assert sample[2] == pytest.approx(R_n)
+    assert len(agent.brain.train_queue) == 7
 
 
 def play(agent, rewards, first_state=0):
@@ -45,122 +33,89 @@ def play(agent, rewards, first_state=0):
         agent.advantage_push_local_brain(np.full(4, first_state + float(t)), t % 2, r, s_)
 
 
-def brute_force(rewards, first_state=0):
-    """Every sample an episode must give: number of s, a, R, number of s' (None at the end)."""
-    N, samples = a3c.N_STEP_RETURN, []
+def expected_samples(rewards, first_state=0):
+    """Each sample that an episode must give, by definition: s, a, R_n, s' (0 at the end), mask."""
+    n = a3c.N_STEP_RETURN
+    samples = []
     for t in range(len(rewards)):
-        total = sum(a3c.GAMMA**k * r for k, r in enumerate(rewards[t : t + N]))
-        went_on = t + N < len(rewards)
-        samples.append((first_state + t, t % 2, total, first_state + t + N if went_on else None))
+        R_n = sum(a3c.GAMMA**k * r for k, r in enumerate(rewards[t : t + n]))
+        goes_on = t + n < len(rewards)
+        later = first_state + t + n if goes_on else 0
+        samples.append((first_state + t, t % 2, R_n, later, goes_on))
     return samples
 
 
-def assert_same(samples, expected):
-    assert len(samples) == len(expected)
-    for (s, a, r, s_), (state, action, total, next_state) in zip(samples, expected):
+def assert_same(queue, expected):
+    assert len(queue) == len(expected)
+    for (s, a, R_n, s_, mask), (state, action, total, later, goes_on) in zip(queue, expected):
         np.testing.assert_array_equal(s, np.full(4, float(state)))
         np.testing.assert_array_equal(a, [1 - action, action])
-        assert r == pytest.approx(total, rel=1e-12, abs=1e-12)
-        if next_state is None:
-            assert s_ is None
-        else:
-            np.testing.assert_array_equal(s_, np.full(4, float(next_state)))
+        assert R_n == pytest.approx(total, rel=1e-12, abs=1e-12)
+        np.testing.assert_array_equal(s_, np.full(4, float(later)))
+        assert mask == goes_on
 
 
-def test_returns_of_a_seven_step_episode_computed_by_hand(agent, monkeypatch):
-    monkeypatch.setattr(a3c, "N_STEP_RETURN", 5)
-    monkeypatch.setattr(a3c, "GAMMA", 0.99)
-    play(agent, [1, 2, 3, 4, 5, 6, 7])
-    g = 0.99
-    by_hand = [
-        1 + 2 * g + 3 * g**2 + 4 * g**3 + 5 * g**4,
-        2 + 3 * g + 4 * g**2 + 5 * g**3 + 6 * g**4,
-        3 + 4 * g + 5 * g**2 + 6 * g**3 + 7 * g**4,
-        4 + 5 * g + 6 * g**2 + 7 * g**3,
-        5 + 6 * g + 7 * g**2,
-        6 + 7 * g,
-        7,
-    ]
-    assert [r for _, _, r, _ in agent.brain.samples] == pytest.approx(by_hand, rel=1e-12)
-    assert [s_ is None for _, _, _, s_ in agent.brain.samples] == [False] * 2 + [True] * 5
+@pytest.fixture
+def agent(server):
+    return a3c.Agent("agent", server)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6])
-def test_short_episode_return_is_plain_discounted_sum(agent, length):
-    rewards = [0.0] * (length - 1) + [-1.0]
-    play(agent, rewards)
-    assert_same(agent.brain.samples, brute_force(rewards))
-    assert not agent.memory
-
-
-def test_random_episodes_of_length_1_to_300_equal_the_brute_force_sum(agent, rng):
-    for length in range(1, 301):
-        agent.brain.samples.clear()
+def test_episodes_of_1_to_100_steps_in_a_row_give_the_samples_of_the_definition(agent, rng):
+    for length in range(1, 101):
+        agent.brain.train_queue = []
         rewards = rng.normal(size=length).tolist()
         play(agent, rewards, first_state=length)
-        assert_same(agent.brain.samples, brute_force(rewards, first_state=length))
+        assert_same(agent.brain.train_queue, expected_samples(rewards, first_state=length))
 
 
-@pytest.mark.parametrize("lengths", [(3, 4), (5, 5), (12, 2), (1, 30)])
-def test_two_episodes_in_a_row_do_not_mix(agent, rng, lengths):
-    first, second = (rng.normal(size=length).tolist() for length in lengths)
-    play(agent, first)
-    play(agent, second, first_state=1000)
-    assert_same(agent.brain.samples, brute_force(first) + brute_force(second, first_state=1000))
-
-
-def test_sample_is_pushed_as_soon_as_its_n_rewards_are_known(agent):
-    N = a3c.N_STEP_RETURN
+def test_sample_is_handed_over_as_soon_as_its_n_rewards_are_known(agent):
     for step in range(1, 21):
         agent.advantage_push_local_brain(np.zeros(4), 0, 0.0, np.zeros(4))
-        assert len(agent.brain.samples) == max(0, step - N + 1)
-        assert len(agent.memory) == min(step, N - 1)
+        assert len(agent.brain.train_queue) == max(0, step - a3c.N_STEP_RETURN + 1)
 
 
-def test_no_drift_over_100_000_steps(agent, rng):
-    rewards = rng.normal(size=100_000).tolist()
-    play(agent, rewards)
-    returns = np.array([r for _, _, r, _ in agent.brain.samples])
-    padded = np.append(rewards, np.zeros(a3c.N_STEP_RETURN))
-    expected = sum(
-        a3c.GAMMA**k * padded[k : k + len(rewards)] for k in range(a3c.N_STEP_RETURN)
-    )
-    np.testing.assert_allclose(returns, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("length", [8, 20, 57, 200])
-def test_article_recursion_agrees_on_ordinary_episodes(agent, rng, length):
-    rewards = rng.normal(size=length).tolist()
-    play(agent, rewards)
+def articles_returns(rewards):
+    """The article's formula: one running sum, which each step divides and reduces."""
     waiting, R, returns = [], 0.0, []
-    for t, r in enumerate(rewards):  # the article's formula: one running R, divided and reduced
+    for t, r in enumerate(rewards):
         waiting.append(r)
         R = (R + r * a3c.GAMMA**a3c.N_STEP_RETURN) / a3c.GAMMA
-        if t + 1 == length:
+        if t + 1 == len(rewards):
             while waiting:
                 returns.append(R)
                 R = (R - waiting.pop(0)) / a3c.GAMMA
         elif len(waiting) >= a3c.N_STEP_RETURN:
             returns.append(R)
             R -= waiting.pop(0)
-    assert [r for _, _, r, _ in agent.brain.samples] == pytest.approx(returns, rel=1e-9, abs=1e-9)
+    return returns
 
 
-def test_target_of_each_step_is_r_plus_gamma_to_the_n_times_v_of_s_n_steps_later(server):
+def test_article_sums_the_same_in_episodes_of_n_steps_and_more_but_not_in_shorter_ones(agent):
+    for length in 3, 5, 8, 57:
+        agent.brain.train_queue = []
+        rewards = [0.0] * (length - 1) + [-1.0]
+        play(agent, rewards)
+        returns = [sample[2] for sample in agent.brain.train_queue]
+        is_same = returns == pytest.approx(articles_returns(rewards), abs=1e-9)
+        assert is_same == (length >= a3c.N_STEP_RETURN)
+
+
+def test_target_of_each_step_is_r_n_plus_gamma_to_the_n_times_v_of_s_n_steps_later(server):
     """From Agent to the update in one piece: the change of θ is that of targets done by hand."""
-    agent, rewards = a3c.Agent("agent", server), [0.0, 0.5, 0.0, 0.25, 0.0, 0.0, 1.0]
+    agent = a3c.Agent("agent", server)
+    rewards = [0.0, 0.5, 0.0, 0.25, 0.0, 0.0, 1.0]
     states = np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32)
     for t, r in enumerate(rewards):
         agent.advantage_push_local_brain(states[t], t % 2, r, states[t + 1] if t < 6 else None)
 
     values = server.model(states)[1].numpy()[:, 0]
-    N, targets = a3c.N_STEP_RETURN, []
-    for t in range(7):
-        R = sum(a3c.GAMMA**k * r for k, r in enumerate(rewards[t : t + N]))
-        targets.append(R + a3c.GAMMA**N * values[t + N] if t + N < 7 else R)
+    n = a3c.N_STEP_RETURN
     twin = a3c.LocalBrain("twin", server)
     for t in range(7):
-        twin.train_push(states[t], np.eye(2)[t % 2], targets[t], None)
+        R = sum(a3c.GAMMA**k * r for k, r in enumerate(rewards[t : t + n]))
+        if t + n < 7:
+            R += a3c.GAMMA**n * values[t + n]
+        twin.train_push(states[t], np.eye(2)[t % 2], R, None)
 
     theta, mean_square = server.theta, server.mean_square
     agent.brain.update_parameter_server()
