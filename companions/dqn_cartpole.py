@@ -1,250 +1,358 @@
-"""DQN on CartPole: a network learns from what it remembers, and an older copy of it sets its aims.
+"""DQN on CartPole: the values of actions, learned from a replay memory with a target network.
 
-The post 「【Pythonで再現】DeepMindのDQNアルゴリズムを再現してみた」 (Hayashi, DATUM STUDIO) for
-today's libraries (README.md lists how it differs). The paper: https://doi.org/10.1038/nature14236
-`python -m companions.dqn_cartpole` learns, then films what was best; look at `_get_samples`, where
-the aims come from, `_replay`, how Q learns them, and `learn`, when the copy follows.
-Shapes in comments: B rows, H numbers in a history (16), W in the network's one vector θ (1025).
+DQN is the deep Q-network. A network learns Q(s, a), the discounted sum of all rewards that come
+after action a in state s, and the agent takes the action with the larger Q. The network learns
+from steps that are drawn at random from a memory, and its targets come from an older copy of it.
+
+    python -m companions.dqn_cartpole   # minutes; films and pictures are in movie/dqn_cartpole
+
+This is the program of a post by Hayashi (DATUM STUDIO),
+「【Pythonで再現】DeepMindのDQNアルゴリズムを再現してみた」, brought up to today's libraries. "The
+paper" is Mnih et al., 2015, https://doi.org/10.1038/nature14236. Classes and methods have the
+names of the post, and stand in its order.
+
+To understand                       read
+how everything works together       DQN.learn
+where the targets come from         DQN._get_samples
+how the network learns them         DQN._replay, then DQN._train
+how the agent explores              DQN._get_action
+
+What differs from the post, and is needed to read the code:
+- One Keras network, `model`, learns. `Q` is a copy of its weights in NumPy, and `target_Q` an older
+  copy. `_predict` computes the network in NumPy, 100 times as fast for one state as Keras' predict.
+- The 32 calls of train_on_batch are one compiled function, `_train`, with the same 32 updates.
+- The scaler is the first layer of the network, so it is saved with the weights.
+What the post has wrong:
+- It takes the time limit for a fall of the pole. Here the return goes on after it: see `learn`.
+- It tests the last target network, which may just have forgotten what it had learned. Here the mean
+  of ten target networks is tested: see `finish_episode`.
+What is added for convenience:
+- The program ends after 400 episodes as in the post, or before, when ten episodes in a row meet the
+  main file's rule. Weights, history and pictures are saved, and the test of ten episodes is filmed.
+  With --seed a run can be repeated.
+
+Symbols: s is the state, which is here a history of the last four observations; s' is the state one
+step later; r the reward; γ the discount. Q(s, a) is the network, Q⁻(s, a) the target network.
 """
-import functools
+import collections
+import contextlib
 import random
 import sys
-import time
-from collections import deque
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))    # the project, if run by its path
-import a3c_cartpole as a3c  # isort: skip  (before Keras, which it sets up)
+import a3c_cartpole as base  # isort: skip  (before Keras and TensorFlow, which it sets up)
 import gymnasium as gym
 import keras
 import numpy as np
 import tensorflow as tf
 
-ENV, MAX_STEPS = "CartPole-v1", 500     # steps, after which it ends an episode
-NUM_STATES = 4          # position (m), velocity (m/s) of the cart; angle (rad), rad/s of the pole
+ENV = "CartPole-v1"
+MAX_STEPS = 500         # steps, after which CartPole-v1 ends an episode: its time limit
+NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
 NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
-AGENT_HIST_LEN = 4      # states that the network sees at once, the latest last: a history
-MEMORY_SIZE = 2000      # steps; the oldest is forgotten first
-REPLAY_START_SIZE = 32  # steps of random actions that it begins with, and that set the scale
-MB_SIZE = 32            # steps replayed at each step, one update each
-N_EPISODES = 400        # to learn in, at the most
-GAMMA = .99             # γ, discount of a reward, per step
-C = 100                 # steps from one clone of Q to the next, from step 0 of each episode on
-EPS, EPS_MIN = 1., 1e-4     # share of random actions where the network first chooses, and from its
-FINAL_EXPL_STEP = 1000      # choice of this number on; linear in between
-LEARNING_RATE, BETA_1, BETA_2, EPSILON = 1e-3, .9, .999, 1e-7       # of Adam, Keras' own
+
+N_EPISODES = 400        # episodes of learning
+GAMMA = .99             # γ: a reward k steps ahead counts γ^k
+AGENT_HIST_LEN = 4      # observations in a history. (In Atari one image shows no velocities.)
+C = 100                 # the target network is renewed at steps 0, C, 2·C, … of each episode
+
+# -- constants of the replay memory
+MEMORY_SIZE = 2000      # steps; a new one replaces the oldest
+REPLAY_START_SIZE = 32  # steps of random actions, with which the memory begins
+MB_SIZE = 32            # samples that are drawn at each step, and make one update each
+
+# -- constants of ε-greedy: with probability ε an action is drawn at random
+EPS = 1.                # at first
+EPS_MIN = 1e-4          # in the end
+FINAL_EXPL_STEP = 1000  # steps from the one to the other
+
+# One step in the memory: agent_hist (16,) before it, new_state (4,) after it, and whether the pole
+# has fallen at it.
+Sample = collections.namedtuple("Sample", "agent_hist action reward new_state done")
 
 
 class DQN:
-    """The agent with its memory and its two networks. Post: section 3.
+    """The agent, with its memory and its networks. Post: section 3."""
 
-    `Q`, `target_Q`: the paper's θ and θ⁻, (W,); `best`: what to hand over. `memory`: history (H,)
-    before a step, action, reward, state (4,) after it, whether that was the episode's last.
-    """
-
-    def __init__(self, n_episodes=N_EPISODES, seed=None, log=False):
-        self.n_episodes, self.seed, self.log = n_episodes, seed, log
-        self.random = random.Random(seed)
+    def __init__(self, n_episodes=N_EPISODES, seed=None):
+        self.seed = seed
+        self.rng = random.Random(seed)
         self.env = gym.make(ENV, disable_env_checker=True)
-        self.env.reset(seed=self.random.getrandbits(31))
-        self.eps, self.eps_decay = EPS, (EPS - EPS_MIN) / FINAL_EXPL_STEP
+        self.env.reset(seed=self.rng.getrandbits(31))       # seeds all later resets
+        self.eps = EPS
+        self.eps_decay = (EPS - EPS_MIN) / FINAL_EXPL_STEP
         self._init_memory()
+
+        # The scaler shifts and scales the 16 numbers of a history to mean 0 and deviation 1, as
+        # they were in the first 32 steps.
+        self.scaler = keras.layers.Normalization(name="scaler")
+        self.scaler.adapt(np.array([sample.agent_hist for sample in self.memory]))
+
         self.model = self._build_network()
-        weights = self.model.get_weights()
-        ends = np.cumsum([0] + [weight.size for weight in weights])
-        self.places = [(slice(a, b), w.shape) for a, b, w in zip(ends, ends[1:], weights)]
-        self.Q = self.target_Q = self.best = self.pack(weights)
-        self.adam = np.zeros(2 * len(self.Q) + 1)       # its two moments (W,), its updates
-        self.targets = deque(maxlen=10)                 # θ⁻ at the end of the last ten episodes
-        self.history, self.steps, self.is_learned, self.started = [], 0, False, time.perf_counter()
+        self.optimizer = keras.optimizers.Adam()            # learning rate 0.001
+        self.optimizer.build(self.model.trainable_variables)
+        self.Q = self.model.get_weights()                   # a list of arrays: see _predict
+        self.target_Q = self._clone_network(self.Q)
+
+        # Not in the post: for the stop rule, the display, and what is handed over.
+        self.progress = base.Progress(ENV, n_episodes)
+        self.steps = 0
+        self.is_learned = False
+        self.last_scores = collections.deque([0] * 10, maxlen=10)
+        self.last_targets = collections.deque(maxlen=10)    # target_Q at the end of each of them
+        self.best_mean = 0
+        self.best = self.Q
+
+    # -- 3.1 Q-network
 
     def _build_network(self):
-        """Define the network, history (B, H) → Q (B, 2); its scaler is saved with its weights."""
-        scaler = keras.layers.Normalization(name="scaler")
-        scaler.adapt(np.array([agent_hist for agent_hist, *_ in self.memory]))
-        glorot = keras.initializers.GlorotUniform(keras.random.SeedGenerator(self.seed))
-        dense = functools.partial(keras.layers.Dense, kernel_initializer=glorot)
-        agent_hist = keras.Input((AGENT_HIST_LEN * NUM_STATES,), name="agent_hist")
-        x = dense(20, "relu")(dense(20, "relu")(scaler(agent_hist)))
-        return keras.Model(agent_hist, dense(NUM_ACTIONS)(dense(10, "relu")(x)), name="DQN")
+        """Define the network: histories (B, 16) → Q of each action (B, 2).
 
-    def pack(self, weights):
-        """Join the scaler's mean, variance and count, kernels and biases into a vector (W,)."""
-        return np.concatenate([weight.ravel() for weight in weights], dtype=np.float32)
+        `_predict` computes the same in NumPy: change both together.
+        """
+        if self.seed is not None:
+            keras.utils.set_random_seed(self.seed)
+        nn = keras.Sequential(name="DQN")
+        nn.add(keras.Input((AGENT_HIST_LEN * NUM_STATES,)))
+        nn.add(self.scaler)
+        nn.add(keras.layers.Dense(20, activation="relu"))
+        nn.add(keras.layers.Dense(20, activation="relu"))
+        nn.add(keras.layers.Dense(10, activation="relu"))
+        nn.add(keras.layers.Dense(NUM_ACTIONS))
+        return nn
 
-    def unpack(self, theta, reshape=np.ndarray.reshape):
-        """Cut a vector (W,) into what `pack` has joined."""
-        return [reshape(theta[place], shape) for place, shape in self.places]
+    def _clone_network(self, network):
+        """Copy a list of weights, so that the copy stays as it is while Q learns."""
+        return [weight.copy() for weight in network]
 
-    def _clone_network(self, theta):
-        """A copy of a vector (W,), which stays as it is while the original learns."""
-        return theta.copy()
+    # -- 3.2 The best action
 
-    def _predict(self, weights, x, product=lambda k, x: x @ k, relu=lambda x: np.maximum(x, 0)):
-        """Q (…, 2) of histories (…, H) by unpacked weights: in NumPy, where Keras takes 1 ms."""
-        mean, variance, _, *hidden, kernel, bias = weights
-        x = (x - mean) / variance ** .5
-        for k, b in zip(hidden[::2], hidden[1::2]):
-            x = relu(product(k, x) + b)
-        return product(kernel, x) + bias
+    @staticmethod
+    def _predict(network, agent_hists):
+        """Compute Q of each action (…, 2) after histories (…, 16), for a list of weights."""
+        mean, variance, _, kernel1, bias1, kernel2, bias2, kernel3, bias3, kernel4, bias4 = network
+        x = (agent_hists - mean) / np.sqrt(variance)        # the scaler
+        x = np.maximum(x @ kernel1 + bias1, 0)              # relu
+        x = np.maximum(x @ kernel2 + bias2, 0)
+        x = np.maximum(x @ kernel3 + bias3, 0)
+        return x @ kernel4 + bias4
 
-    def _get_optimal_action(self, theta, agent_hist):
-        """The action of the largest Q by a vector (W,), after four stacked states."""
-        return int(self._predict(self.unpack(theta), np.concatenate(agent_hist)).argmax())
+    def _get_optimal_action(self, network, agent_hist):
+        """Choose the action with the larger Q, after a history of four observations."""
+        return int(self._predict(network, np.concatenate(agent_hist)).argmax())
 
     def _get_action(self, agent_hist=None):
-        """At random by ε, which falls each time, else the best; without a history at random."""
-        if agent_hist is not None:
-            self.eps = max(self.eps - self.eps_decay, EPS_MIN)
-            if self.random.random() >= self.eps:
-                return self._get_optimal_action(self.Q, agent_hist)
-        return self.random.randrange(NUM_ACTIONS)
+        """Choose any action with probability ε, or else the one with the larger Q (ε-greedy).
+
+        ε falls with each call. Without a history the action is random, and ε stays.
+        """
+        if agent_hist is None:
+            return self.rng.randrange(NUM_ACTIONS)
+        self.eps = max(self.eps - self.eps_decay, EPS_MIN)
+        if self.rng.random() < self.eps:
+            return self.rng.randrange(NUM_ACTIONS)
+        return self._get_optimal_action(self.Q, agent_hist)
+
+    # -- 3.3 The replay memory
 
     def _remember(self, agent_hist, action, reward, new_state, done):
-        """Add a step to the memory; the oldest goes when it is full."""
-        self.memory.append((np.concatenate(agent_hist), action, reward, new_state, done))
-
-    def _step(self, agent_hist, action):
-        """Act, remember it if four states are stacked, stack the next; True at the end."""
-        new_state, reward, terminated, truncated, _ = self.env.step(action)
-        if len(agent_hist) == AGENT_HIST_LEN:
-            self._remember(agent_hist, action, reward, new_state, terminated or truncated)
-        agent_hist.append(new_state)
-        return terminated or truncated
+        """Add a step to the memory. If the memory is full, the oldest step is forgotten."""
+        self.memory.append(Sample(np.concatenate(agent_hist), action, reward, new_state, done))
 
     def _init_memory(self):
-        """Fill the memory with REPLAY_START_SIZE steps of random actions."""
-        self.memory, done = deque(maxlen=MEMORY_SIZE), True
-        while len(self.memory) < REPLAY_START_SIZE:
-            if done:
-                agent_hist = deque([self.env.reset()[0]], AGENT_HIST_LEN)
-            done = self._step(agent_hist, self._get_action())
+        """Fill the memory with the first 32 steps, by random actions."""
+        self.memory = collections.deque(maxlen=MEMORY_SIZE)
+        while True:
+            state, _ = self.env.reset()
+            agent_hist = collections.deque([state], maxlen=AGENT_HIST_LEN)
+            done = False
+            while not done:
+                action = self._get_action()
+                new_state, reward, terminated, truncated, _ = self.env.step(action)
+                done = terminated or truncated
+                if len(agent_hist) == AGENT_HIST_LEN:
+                    self._remember(agent_hist, action, reward, new_state, terminated)
+                    if len(self.memory) == REPLAY_START_SIZE:
+                        return
+                agent_hist.append(new_state)
+
+    # -- 3.4 Experience replay
 
     def _get_samples(self):
-        """Draw MB_SIZE steps: their histories (32, H), and Y (32, 2), what Q shall be there.
+        """Draw 32 samples: their histories (32, 16), and the targets Y (32, 2) of Q.
 
-        Paper, Algorithm 1: r + γ·max Q(s'; θ⁻), r at an end; but for the other action what θ⁻ say.
+        Paper: Algorithm 1. Steps that follow one another resemble one another, and from them alone
+        a network would learn the latest and forget the rest. Samples from the memory are mixed.
         """
-        samples = zip(*self.random.sample(self.memory, MB_SIZE))
-        agent_hists, actions, rewards, new_states, done = map(np.array, samples)
+        samples = self.rng.sample(self.memory, MB_SIZE)
+        agent_hists = np.array([sample.agent_hist for sample in samples])
+        actions = np.array([sample.action for sample in samples])
+        rewards = np.array([sample.reward for sample in samples])
+        new_states = np.array([sample.new_state for sample in samples])
+        done = np.array([sample.done for sample in samples])
+
+        # s' has the last three observations of s, and the new one.
         new_agent_hists = np.hstack([agent_hists[:, NUM_STATES:], new_states])
-        both = np.stack([agent_hists, new_agent_hists])     # (2, 32, H)
-        Y, future_Q = self._predict(self.unpack(self.target_Q), both)
-        Y[range(MB_SIZE), actions] = rewards + GAMMA * future_Q.max(axis=1) * ~done
+
+        # max Q⁻(s', a'): the rewards to come after this step, as the target network estimates them
+        # for the better of the two actions. After a fall there are none.
+        future_rewards = self._predict(self.target_Q, new_agent_hists).max(axis=1)
+        future_rewards[done] = 0
+
+        # The target of the action that was taken is r + γ·max Q⁻(s', a'). What the other action
+        # would have brought is not known, so its target is what the target network says of it.
+        Y = self._predict(self.target_Q, agent_hists)
+        Y[np.arange(MB_SIZE), actions] = rewards + GAMMA * future_rewards
         return agent_hists, Y
 
     def _replay(self):
-        """Draw samples and fit Q to one after the other; FloatingPointError if that diverges."""
+        """Draw 32 samples, and let the network learn from one after the other."""
         agent_hists, Y = self._get_samples()
-        packed = np.concatenate([self.Q, self.adam, agent_hists.ravel(), Y.ravel()])
-        updated = self.graph(tf.constant(packed, tf.float32)).numpy()
-        if not np.isfinite(updated).all():
-            raise FloatingPointError(f"a weight is not finite in episode {len(self.history) + 1}")
-        self.Q, self.adam = np.split(updated, [len(self.Q)])
+        weights = self._train(tf.constant(agent_hists), tf.constant(Y))
+        self.Q = [weight.numpy() for weight in weights]
+        # Not in the post: once a weight is not a number, the last bias is not one either.
+        if not np.isfinite(self.Q[-1]).all():
+            raise FloatingPointError(f"a weight is not finite after {self.steps} steps")
 
-    def _build_graph(self):
-        """Compile a replay, from one vector: (θ, Adam's m, v, t, histories, Y) → (θ, m, v, t)."""
-        matvec = functools.partial(tf.linalg.matvec, transpose_a=True)  # 3 times as fast as Dense
-        def replay(packed):
-            *start, x, Y = tf.split(packed, sizes)
-            x, Y = tf.reshape(x, [MB_SIZE, -1]), tf.reshape(Y, [MB_SIZE, -1])
+    @tf.function(jit_compile=True)      # XLA, TensorFlow's compiler: 3 times as fast
+    def _train(self, agent_hists, Y):
+        """Change the network 32 times, each time by one sample, and return its weights.
 
-            def update(i, theta, m, v, t):      # Adam, https://arxiv.org/abs/1412.6980, section 2
-                weights = self.unpack(theta, tf.reshape)
-                with tf.GradientTape() as tape:
-                    tape.watch(weights)
-                    error = self._predict(weights, x[i], matvec, tf.nn.relu) - Y[i]
-                    loss = tf.reduce_mean(tf.square(error))
-                g = [*map(tf.zeros_like, weights[:3]), *tape.gradient(loss, weights[3:])]
-                g = tf.concat([tf.reshape(part, [-1]) for part in g], axis=0)   # 0 for the scale
-                m, v, t = BETA_1 * m + (1 - BETA_1) * g, BETA_2 * v + (1 - BETA_2) * g ** 2, t + 1
-                rate = LEARNING_RATE * tf.sqrt(1 - BETA_2 ** t) / (1 - BETA_1 ** t)
-                return i + 1, theta - rate * m / (tf.sqrt(v) + EPSILON), m, v, t
+        TensorFlow makes a loop of its own of `for i in tf.range(…)`. The weights are returned
+        because reading them from Keras afterwards would take half as long as all the learning.
+        """
+        for i in tf.range(MB_SIZE):
+            with tf.GradientTape() as tape:
+                q = self.model(agent_hists[i][tf.newaxis])[0]       # (2,)
+                loss = tf.reduce_mean(tf.square(Y[i] - q))
+            gradients = tape.gradient(loss, self.model.trainable_variables)
+            self.optimizer.apply(gradients)
+        return [tf.convert_to_tensor(weight) for weight in self.model.weights]
 
-            _, *end = tf.while_loop(lambda i, *_: i < MB_SIZE, update, (0, *start))
-            return tf.concat(end, axis=0)
-
-        sizes = [len(self.Q)] * 3 + [1, MB_SIZE * len(self.memory[0][0]), MB_SIZE * NUM_ACTIONS]
-        graph = tf.function(replay, jit_compile=True, autograph=False)
-        return graph.get_concrete_function(tf.zeros([sum(sizes)]))
+    # -- 3.5 Learning
 
     def learn(self):
-        """Play and learn until ten episodes meet the main file's rule, or `n_episodes` are over."""
-        self.graph, self.started = self._build_graph(), time.perf_counter()
-        while len(self.history) < self.n_episodes and not self.is_learned:
-            agent_hist, step, done = deque([self.env.reset()[0]], AGENT_HIST_LEN), 0, False
-            while not done:
-                is_full = len(agent_hist) == AGENT_HIST_LEN
-                done = self._step(agent_hist, self._get_action(agent_hist if is_full else None))
-                if is_full:
+        """Play episodes and learn at each step. Paper: Algorithm 1."""
+        while not self.progress.stop.is_set():
+            state, _ = self.env.reset()
+            agent_hist = collections.deque([state], maxlen=AGENT_HIST_LEN)
+            for step in range(MAX_STEPS):
+                # Choose an action: until four observations are there, at random.
+                if len(agent_hist) < AGENT_HIST_LEN:
+                    action = self._get_action()
+                else:
+                    action = self._get_action(agent_hist)
+
+                # Do it.
+                new_state, reward, terminated, truncated, _ = self.env.step(action)
+                self.steps += 1
+
+                # Remember it, and learn from samples of all that is remembered. Not in the post:
+                # only a fall of the pole (terminated) ends the return, not the time limit
+                # (truncated). Where the limit ends an episode, the pole still stands, and the
+                # state is worth as much as at any other time: up to 1/(1 - γ) = 100, not 1.
+                if len(agent_hist) == AGENT_HIST_LEN:
+                    self._remember(agent_hist, action, reward, new_state, terminated)
                     self._replay()
+
+                # From time to time let the target network follow. Were it always the newest, each
+                # update would move the targets of all others.
                 if step % C == 0:
                     self.target_Q = self._clone_network(self.Q)
-                step += 1
-            self._finish_episode(step)
 
-    def _finish_episode(self, steps):
-        """Record an episode; where ten were best, keep the mean of their ten target networks."""
-        mean = (steps + sum(e.steps for e in self.history[-9:])) / 10
-        self.targets.append(self.target_Q)
-        if mean >= max((e.mean_of_last_10 for e in self.history), default=0):
-            self.best = np.mean(self.targets, axis=0)
-        self.is_learned, self.steps = mean > MAX_STEPS - 1, self.steps + steps
-        episode, seconds = len(self.history) + 1, round(time.perf_counter() - self.started, 3)
-        self.history.append(a3c.Episode("DQN", episode, steps, mean, self.steps, seconds))
-        if self.log:
-            a3c.say_episode(self.history[-1])
+                if terminated or truncated:
+                    break
+                if self.progress.stop.is_set():     # not in the post: Ctrl-C
+                    return
+                agent_hist.append(new_state)
+            self.finish_episode(step + 1)
+
+    def finish_episode(self, score):
+        """Count the episode, and find out whether the last ten were the best so far.
+
+        Not in the post. DQN learns and forgets, often within a few episodes, so the networks of the
+        last episode are not the best ones. And one network is often good only in the situations
+        that it has met of late. What is handed over is therefore the mean of ten networks: of
+        `target_Q` at the end of each of the best ten episodes in a row.
+        """
+        self.last_scores.append(score)
+        self.last_targets.append(self.target_Q)
+        mean = np.mean(self.last_scores)
+        if mean >= self.best_mean:
+            self.best_mean = mean
+            self.best = [np.mean(weights, axis=0) for weights in zip(*self.last_targets)]
+        self.is_learned = bool(mean > MAX_STEPS - 1)            # the main file's rule
+        episode = len(self.progress.history) + 1
+        self.progress.finish_episode("DQN", episode, score, mean, self.steps, self.is_learned)
+
+    # -- 4. What came of it
 
     def plot_training_scores(self, path):
-        """Draw each episode's score, and the mean of all until then. Post: section 4."""
-        from matplotlib.figure import Figure  # takes 0.3 s; without pyplot it opens no window
-        scores, episodes = [e.steps for e in self.history], np.arange(len(self.history)) + 1
-        axes = Figure(figsize=(12, 6), layout="constrained").add_subplot(
-            title=ENV, xlabel="episode", ylabel="score")
-        axes.plot(episodes, scores, color="gray", linewidth=1, label="score")
-        axes.plot(episodes, np.cumsum(scores) / episodes, label="mean of all until then")
+        """Draw the score of each episode, and the mean of all scores until then."""
+        from matplotlib.figure import Figure  # here, because it takes half a second
+        scores = [episode.steps for episode in self.progress.history]
+        episodes = np.arange(1, len(scores) + 1)
+        axes = Figure(figsize=(12, 6), layout="constrained").add_subplot()
+        axes.plot(episodes, scores, color="gray", linewidth=1, label="score of an episode")
+        axes.plot(episodes, np.cumsum(scores) / episodes, color=base.BLUE,
+                  label="mean of all until then")
+        axes.set(title=ENV, xlabel="episode", ylabel="score")
         axes.legend()
         axes.figure.savefig(path)
 
     def run(self, env):
-        """Play one episode by `best`, never at random, and return its steps."""
-        agent_hist, step, done = deque([env.reset()[0]] * AGENT_HIST_LEN, AGENT_HIST_LEN), 0, False
+        """Play one episode with the best network, without random actions, and return its score."""
+        state, _ = env.reset()
+        agent_hist = collections.deque([state] * AGENT_HIST_LEN, maxlen=AGENT_HIST_LEN)
+        score = 0
+        done = False
         while not done:
             action = self._get_optimal_action(self.best, agent_hist)
-            state, _, terminated, truncated, _ = env.step(action)
-            agent_hist.append(state)
-            step, done = step + 1, terminated or truncated
-        return step
+            new_state, _, terminated, truncated, _ = env.step(action)
+            score += 1
+            done = terminated or truncated
+            agent_hist.append(new_state)
+        return score
 
 
 def main(argv=None):
-    """Learn and keep what came of it, then test and film the best; return the exit status."""
-    args = a3c.parse_arguments(
-        argv, "Learn CartPole with DQN, then film what was learned.", "movie/dqn_cartpole",
-        ("--episodes", dict(default=N_EPISODES, type=a3c.from_1, help="to learn in, at the most")))
-    run = a3c.Run(args.out)
-    dqn = DQN(args.episodes, args.seed, args.log)
+    """Learn, keep what came of it, then test and film it. Return the exit status."""
+    parser = base.make_parser("Learn CartPole with DQN, then film what was learned.",
+                              "movie/dqn_cartpole")
+    parser.add_argument("--episodes", default=N_EPISODES, type=base.positive,
+                        help="episodes of learning")
+    args = base.check_options(parser, parser.parse_args(argv))
+
+    dqn = DQN(args.episodes, args.seed)
     if args.play:
-        dqn.best = dqn.pack(a3c.load_weights(dqn.model, args.play).get_weights())
+        dqn.best = base.load_weights(dqn.model, args.play)
     else:
-        table = a3c.live_table(dqn.history, MAX_STEPS, lambda: f"ε {dqn.eps:.4f}", args.log)
-        try:
-            with run.attempt("learning"), table:
-                dqn.learn()
-        finally:
-            a3c.say(a3c.summary(dqn.is_learned, time.perf_counter() - dqn.started, dqn.steps,
-                                len(dqn.history), 1, args.episodes, run.lost))
-            dqn.model.set_weights(dqn.unpack(dqn.best))
-            run.keep({"DQN": dqn.model}, dqn.is_learned, dqn.history, MAX_STEPS, ENV)
-            with run.attempt("training_scores.png"):
-                dqn.plot_training_scores(run.folder / "training_scores.png")
-    with run.attempt("test"):       # of the best in any case: few runs ever meet the rule
-        env = gym.make(ENV, disable_env_checker=True, render_mode="rgb_array")
-        env.reset(seed=dqn.random.getrandbits(31))
-        with a3c.film(env, args.out, "DQN", args.render) as env:
-            a3c.play(lambda: dqn.run(env), args.test_episodes, "DQN")
-    return 0 if (args.play or dqn.is_learned) and not run.lost else 1
+        learn(dqn, args)
+        if dqn.progress.failed:
+            return 1
+
+    # The best network is tested even if the rule was not met: few runs meet it.
+    env = gym.make(ENV, disable_env_checker=True, render_mode="rgb_array")
+    env.reset(seed=dqn.rng.getrandbits(31))
+    env = base.film(env, args.out, "DQN", args.render)
+    with contextlib.closing(env):
+        base.play(lambda: dqn.run(env), args.test_episodes)
+    return 0 if args.play or dqn.is_learned else 1
+
+
+def learn(dqn, args):
+    """Let the agent learn in a thread, show its progress, and keep what came of it."""
+    try:
+        base.run_threads({"DQN": dqn.learn}, dqn.progress, args.log)
+    finally:
+        with base.no_interruption():
+            dqn.model.set_weights(dqn.best)
+            base.keep({"DQN": dqn.model}, dqn.progress, dqn.is_learned, dqn.steps,
+                      f"DQN, {ENV}", args.out)
+            if dqn.progress.history:
+                dqn.plot_training_scores(args.out / "training_scores.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    base.run_program(main)
