@@ -1,249 +1,405 @@
-"""PPO on CartPole, policy and value in one network: Keras and TensorFlow, on the CPU.
+"""PPO on CartPole, with one network for the policy and the value: Keras and TensorFlow, on the CPU.
 
-The program of the post 「PPOの実装(ネットワーク共有版)」 (tsubame-mz, blog 「雨宿り」; its code is
-RL/ppo.py in https://github.com/tsubame-mz/machine_learning) for today's libraries; README.md lists
-the differences. "The paper" is Schulman et al., https://arxiv.org/abs/1707.06347, "GAE" is
-https://arxiv.org/abs/1506.02438. `python -m companions.ppo_cartpole` learns, then films; look at
-`Memory.finish_path`, what each action was worth, and `Agent.losses`, how far PPO goes for it.
-Shapes in comments: T steps in an episode, W weights in the network (4675), all in one vector θ."""
+PPO is Proximal Policy Optimization. The program plays one whole episode, then learns from it in up
+to 80 steps of the optimizer, where A3C takes a single step and forgets what it has seen. So many
+steps on the same data would soon ruin the policy. Two things prevent this: a clip, after which
+nothing is gained by changing the probability of an action further, and a rule that stops early.
+
+    python -m companions.ppo_cartpole   # learns; films and pictures are then in movie/ppo_cartpole
+
+This is the program of a post by tsubame-mz, 「PPOの実装(ネットワーク共有版)」 (blog 「雨宿り」),
+for today's libraries. Its code is RL/ppo.py, commit d2b2fb2, in
+https://github.com/tsubame-mz/machine_learning. "The paper" is Schulman et al., 2017,
+https://arxiv.org/abs/1707.06347. The classes and methods stand in the order of the post.
+
+To understand                          read
+what an action was worth               Memory.finish_path
+how PPO learns from it                 Agent.losses, then Agent.iterate
+how playing and learning alternate     learning_loop
+
+What differs from the post, and is needed to read the code:
+- Keras and TensorFlow replace PyTorch. All iterations of an update are one compiled function.
+- To play, the network is computed in NumPy, which is faster for a single state than Keras.
+What the post has wrong:
+- Its value loss compares each value with the returns of all steps (see Agent.losses).
+- It makes the entropy small where the paper makes it large (see Agent.losses).
+- What it calls the KL divergence has the opposite sign of one, as the post half says. This rule is
+  kept, under another name (see Agent.losses; README.md tells what the sign does).
+- Its text prints γ^i where γ^(i - t) is meant, and a reward of 0 for a fall, which is -1 in its
+  code. Here both are as in its code.
+What is added for convenience:
+- The program ends by itself, and then keeps the mean of the weights of ten episodes. A test of ten
+  episodes follows, with the most probable action. Weights, history and pictures are saved. With
+  --seed a run can be repeated.
+
+Symbols: π(a|s) the probability of the action a in the state s, `pi` in the code. V(s) the value of
+the state s. R the return, A the advantage: both are explained in Memory.finish_path. `old` marks
+what was computed while the episode was played. Shapes: T steps in the episode.
+"""
+import collections
 import contextlib
-import functools
 import random
 import sys
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # to run it by its path too
-import a3c_cartpole as base  # noqa: I001   before Keras and TensorFlow, which it sets up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # to run it by its path, too
+import a3c_cartpole as base  # noqa: I001   first, because it sets up Keras and TensorFlow
 import gymnasium as gym
 import keras
 import numpy as np
 import tensorflow as tf
 
-ENV, LIMIT = "CartPole-v0", 200     # an episode ends after so many steps at the latest
-NUM_STATES, NUM_ACTIONS = 4, 2      # cart's position (m), m/s, pole's angle (rad), rad/s; 1: right
-EPISODES = 500          # to learn in
-GOOD_STEPS = 195        # from here on an episode ends with the reward 1, before with -1
-HID_NUM, DROPRATE = 64, .2      # units of a shared layer, share that dropout leaves out of it
-GAMMA, LAM = .99, .95   # γ, discount of a reward, a step; λ of GAE, 0 looks only one step ahead
-ADV_EPS = 1e-6          # keeps the standardised advantage finite
-TRAIN_ITERS = 80        # iterations (steps of Adam) on one episode, at the most
-CLIP_RATIO = .2         # ε of the paper: a ratio beyond 1 ± ε earns nothing more
-V_LOSS_C = .9           # weight of the value loss
-ENT_C = 1e-3            # weight of the entropy, which keeps the policy from settling too early
-MAX_GAIN = 1.5 * .01    # rise of an episode's mean log π(a|s) above which its iterations end
-LEARNING_RATE = 1e-4    # step size of Adam, and what else it takes, as in PyTorch:
-BETA_1, BETA_2, ADAM_EPS = .9, .999, 1e-8
-# what an update is given: state, one-hot action, log π, return, advantage, 1 (0 only fills up)
-COLUMNS = [NUM_STATES, NUM_ACTIONS, 1, 1, 1, 1]
+# -- constants of the game
+ENV = "CartPole-v0"     # an episode ends after 200 steps at the latest
+NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
+NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
+GOOD_STEPS = 195        # an episode of so many steps ends with the reward 1, a shorter one with -1
+MAX_EPISODES = 500
 
+# -- constants of the network
+HID_NUM = 64            # units of each of the two shared layers
+DROPRATE = .2           # fraction of these units that dropout leaves out while learning
 
-class Dropout(keras.layers.Dropout):
-    """Keras' own, by random numbers that only XLA knows, and draws in 0.04 ms in place of 0.4."""
-    def call(self, inputs, training=False):
-        if not (training and self.rate):
-            return inputs
-        drop = tf.nn.experimental.stateless_dropout
-        return drop(inputs, self.rate, self.seed_generator.next(), rng_alg="threefry")
+# -- constants of the memory
+GAMMA = .99             # γ: a reward k steps ahead counts γ^k
+LAM = .95               # λ: how far ahead the advantage looks, see Memory.finish_path
+ADV_EPS = 1e-6          # keeps a division by a standard deviation of 0 from failing
+
+# -- constants of learning
+LEARNING_RATE = 1e-4    # of Adam
+ADAM_EPSILON = 1e-8     # of Adam, in PyTorch; Keras' own is 1e-7
+TRAIN_ITERS = 80        # the most iterations that learn from one episode
+CLIP_RATIO = .2         # ε of the paper: a ratio outside 0.8 to 1.2 is clipped
+V_LOSS_C = .9           # coefficient of the value loss
+ENT_C = 1e-3            # coefficient of the entropy, which keeps the policy from settling too early
+TARGET_KL = .01         # iterations end above 1.5 times this, see Agent.iterate
 
 
 class PVNet(keras.Model):
-    """State (T, 4) → two shared layers → π of the actions (T, 2), value (T, 1); 「学習モデル」."""
+    """The network: s (T, 4) → π of each action (T, 2) and V(s) (T, 1). Post: 「学習モデル」.
+
+    Policy and value share two layers and then branch. Agent.predict computes the same network in
+    NumPy: change both together.
+    """
 
     def __init__(self, seed=None, droprate=DROPRATE):
-        xavier_normal = keras.initializers.VarianceScaling(     # GlorotNormal would be truncated
-            1., "fan_avg", "untruncated_normal", seed=keras.random.SeedGenerator(seed))
-        dense = functools.partial(keras.layers.Dense, kernel_initializer=xavier_normal)
-        dropout = Dropout(droprate, seed=seed)      # one for both layers: each call draws anew
-        state = h = keras.Input((NUM_STATES,), name="state")
-        for name in "layer1", "layer2":
-            h = dropout(dense(HID_NUM, "relu", name=name)(h))
-        pi, value = dense(NUM_ACTIONS, "softmax", name="policy")(h), dense(1, name="value")(h)
+        if seed is not None:
+            keras.utils.set_random_seed(seed)
+        # Dropout sets units to 0 at random, others at each iteration, and makes the rest larger in
+        # return. It is on only where the network is called with training=True.
+        state = keras.Input((NUM_STATES,), name="state")
+        h = self.dense(HID_NUM, "relu", "layer1")(state)
+        h = keras.layers.Dropout(droprate)(h)
+        h = self.dense(HID_NUM, "relu", "layer2")(h)
+        h = keras.layers.Dropout(droprate)(h)
+        pi = self.dense(NUM_ACTIONS, "softmax", "policy")(h)
+        value = self.dense(1, "linear", "value")(h)
         super().__init__(state, [pi, value], name="PPO")
+
+    @staticmethod
+    def dense(units, activation, name):
+        """Make a layer that starts with a bias of 0 and with Xavier's normal distribution.
+
+        It has the variance 2 / (inputs + outputs). Keras' "glorot_normal" would cut it off at two
+        standard deviations, which the post's xavier_normal_ does not.
+        """
+        xavier_normal = keras.initializers.VarianceScaling(1., "fan_avg", "untruncated_normal")
+        return keras.layers.Dense(units, activation, name=name, kernel_initializer=xavier_normal)
 
 
 class Memory:
-    """The steps of one episode, and what they were worth. Post: 「Memory」."""
+    """Remembers the steps of one episode, and computes what each was worth. Post: 「Memory」."""
 
     def __init__(self):
-        self.steps, self.return_lst, self.advantage_lst = [], None, None
+        self.initialize()
+
+    def initialize(self):
+        """Forget everything."""
+        self.state_lst = []         # s, (4,) each
+        self.action_lst = []        # a, 0 or 1
+        self.reward_lst = []        # r
+        self.value_lst = []         # V(s)
+        self.log_pi_lst = []        # log π(a|s)
+        self.return_lst = []        # R, from finish_path on
+        self.advantage_lst = []     # A, from finish_path on
 
     def add(self, state, action, reward, value, log_pi):
-        """Remember a step: a state (4,), an action 0 or 1, and three numbers."""
-        self.steps.append((state, action, reward, value, log_pi))
+        """Remember one step."""
+        self.state_lst.append(state)
+        self.action_lst.append(action)
+        self.reward_lst.append(reward)
+        self.value_lst.append(value)
+        self.log_pi_lst.append(log_pi)
 
     def finish_path(self, gamma=GAMMA, lam=LAM):
-        """Work out each step's return and advantage, (T,) both. Post: 「finish_path()」.
+        """Compute the return and the advantage of each step of an episode that has ended.
 
-        R(t) = r(t) + γ·R(t+1). A(t) = δ(t) + γλ·A(t+1), where δ(t) = r(t) + γ·V(t+1) - V(t) is how
-        much better a step went than foretold (GAE, equation 16). Behind the last step all are 0."""
-        self.return_lst, self.advantage_lst = np.zeros((2, len(self.steps)))
-        last_return = last_advantage = next_value = 0.
-        for t, (_, _, reward, value, _) in reversed(list(enumerate(self.steps))):
-            self.return_lst[t] = last_return = reward + gamma * last_return
+        The return R is the discounted sum of all rewards from this step on. The advantage A says
+        how much better than expected the action turned out. It is GAE, generalized advantage
+        estimation (https://arxiv.org/abs/1506.02438, equation 16):
+
+            δ(t) = r(t) + γ·V(s(t+1)) - V(s(t))         how much better this one step went
+            A(t) = δ(t) + γλ·δ(t+1) + (γλ)²·δ(t+2) + …  with what the later steps tell about it
+
+        With λ = 0, A is δ: it relies on V, which may still be wrong. With λ = 1, A is R - V(s): it
+        depends on all later actions, and so on chance. λ = .95 is in between.
+        """
+        T = len(self.reward_lst)
+        self.return_lst = np.zeros(T)
+        self.advantage_lst = np.zeros(T)
+        # Go backwards from the end of the episode, after which nothing follows. As in the post, the
+        # time limit counts as an end like any other.
+        next_return = 0.
+        next_value = 0.
+        next_advantage = 0.
+        for t in reversed(range(T)):
+            reward = self.reward_lst[t]
+            value = self.value_lst[t]
             delta = reward + gamma * next_value - value
-            self.advantage_lst[t] = last_advantage = delta + gamma * lam * last_advantage
+            self.return_lst[t] = reward + gamma * next_return
+            self.advantage_lst[t] = delta + gamma * lam * next_advantage
+            next_return = self.return_lst[t]
             next_value = value
+            next_advantage = self.advantage_lst[t]
 
-    def get_batch(self):
-        """Return the episode as rows (LIMIT, 10), advantages standardised, 0 behind; forget it."""
-        T, (state, action, _, _, log_pi) = len(self.steps), zip(*self.steps)
-        advantage = self.advantage_lst - self.advantage_lst.mean()
-        advantage /= advantage.std(ddof=1) + ADV_EPS
-        batch = np.zeros((LIMIT, sum(COLUMNS)), np.float32)     # of one size: compiled only once
-        batch[:T] = np.column_stack([state, np.eye(NUM_ACTIONS)[list(action)], log_pi,
-                                     self.return_lst, advantage, np.ones(T)])
-        self.steps.clear()
+    def get_batch(self, adv_eps=ADV_EPS):
+        """Return the episode as arrays, in the order of Agent.iterate, and forget it.
+
+        The advantages are standardized (標準化): their mean becomes 0, their variance 1. So in each
+        episode about half of the actions are made more probable, and the others less.
+        """
+        advantage = np.asarray(self.advantage_lst)
+        # PyTorch divides by T - 1 in a standard deviation, hence ddof=1.
+        advantage = (advantage - advantage.mean()) / (advantage.std(ddof=1) + adv_eps)
+        batch = (np.array(self.state_lst, np.float32),          # (T, 4)
+                 np.array(self.action_lst, np.int32),           # (T,)
+                 np.array(self.log_pi_lst, np.float32),         # (T,)
+                 np.array(self.return_lst, np.float32),         # (T,)
+                 np.array(advantage, np.float32))               # (T,)
+        self.initialize()
         return batch
 
 
-def adam(theta, moments, t, gradient):
-    """Step t, from 1, of Adam (arXiv 1412.6980): θ, gradient (W,), moments (2, W) → θ, moments."""
-    first = BETA_1 * moments[0] + (1 - BETA_1) * gradient
-    second = BETA_2 * moments[1] + (1 - BETA_2) * gradient ** 2
-    rate = LEARNING_RATE * tf.sqrt(1 - BETA_2 ** t) / (1 - BETA_1 ** t)
-    return theta - rate * first / (tf.sqrt(second) + ADAM_EPS), tf.stack([first, second])
-
-
 class Agent:
-    """Chooses the actions, and learns from the episodes they make. Post: 「Agent」.
-
-    `theta` (W,): the weights, replaced by an update and never written to; `model` only has their
-    first values. `iterations`: steps of Adam so far. `seed`: of the actions, None: any."""
+    """Chooses the actions, and learns from the episodes they make. Post: 「Agent」."""
 
     def __init__(self, model, seed=None):
-        self.model, self.iterations = model, 0
-        self.random = random.Random(None if seed is None else f"{seed} agent")
-        weights = model.get_weights()
-        ends = np.cumsum([0] + [weight.size for weight in weights])
-        self.places = [(slice(a, b), w.shape) for a, b, w in zip(ends, ends[1:], weights)]
-        self.theta = np.concatenate([weight.ravel() for weight in weights])
-        self.moments = np.zeros((2, len(self.theta)), np.float32)
-        self.dropout = [variable.numpy() for variable in model.non_trainable_variables]  # its seed
-        self.graph = tf.function(self._iterate, jit_compile=True, autograph=False)
+        self.model = model
+        self.weights = model.get_weights()      # the same weights as NumPy arrays, for `predict`
+        self.optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=ADAM_EPSILON)
+        self.optimizer.build(model.trainable_variables)     # a compiled function cannot do this
+        self.rng = random.Random(seed)
 
-    def unpack(self, theta, reshape=np.ndarray.reshape):
-        """Cut a vector (W,) into kernels and biases, in the model's order."""
-        return [reshape(theta[place], shape) for place, shape in self.places]
+    def predict(self, state):
+        """Compute π of each action (2,) and V(s), a number, for one state (4,), without dropout.
 
-    def get_action(self, state, *, greedy=False):
-        """An action for a state (4,), by π or the likeliest, its value and log π; in NumPy."""
-        *hidden, p_kernel, p_bias, v_kernel, v_bias = self.unpack(self.theta)
-        for kernel, bias in zip(hidden[::2], hidden[1::2]):
-            state = np.maximum(state @ kernel + bias, 0)
-        z = state @ p_kernel + p_bias
-        log_pi = z - np.logaddexp.reduce(z, dtype=float)
-        action = int(z.argmax()) if greedy else self.random.choices((0, 1), np.exp(log_pi))[0]
-        return action, float((state @ v_kernel + v_bias)[0]), float(log_pi[action])
+        In NumPy, because for a single state this is 100 times as fast as asking Keras.
+        """
+        (kernel_1, bias_1, kernel_2, bias_2,
+         policy_kernel, policy_bias, value_kernel, value_bias) = self.weights
+        h = np.maximum(state @ kernel_1 + bias_1, 0)        # relu
+        h = np.maximum(h @ kernel_2 + bias_2, 0)
+        z = h @ policy_kernel + policy_bias
+        exp_z = np.exp(z - z.max())                         # - max, so that it cannot overflow
+        pi = exp_z / exp_z.sum()                            # softmax
+        value = h @ value_kernel + value_bias
+        return pi, float(value[0])
 
-    @staticmethod
-    def losses(pi, value, batch):
-        """π (T, 2), value (T, 1), rows (T, 10) → losses of policy, value, entropy; and the gain.
+    def get_action(self, state, greedy=False):
+        """Draw an action for a state (4,). Return it with V(s) and log π(a|s).
 
-        The ratio π/π_old times the advantage shall be large, but beyond the clip earns nothing
-        more: paper, equation 7. The gain, the mean of log π - log π_old, is the post's "KL", which
-        it is not: minus the gain would be an estimate of KL(π_old, π)."""
-        _, action, old_log_pi, returns, advantage, is_step = tf.split(batch, COLUMNS, axis=1)
-        share = is_step / tf.reduce_sum(is_step)        # of each row in a mean
-        log_pi = tf.math.log(pi + 1e-10)
-        log_ratio = tf.reduce_sum(log_pi * action, axis=1, keepdims=True) - old_log_pi
-        clip_adv = tf.where(advantage >= 0, 1 + CLIP_RATIO, 1 - CLIP_RATIO) * advantage
-        pi_loss = -tf.reduce_sum(share * tf.minimum(tf.exp(log_ratio) * advantage, clip_adv))
-        v_loss = V_LOSS_C * tf.reduce_sum(share * (returns - value) ** 2)
-        entropy = -ENT_C * tf.reduce_sum(share * -pi * log_pi)      # to be large: so the minus
-        return pi_loss, v_loss, entropy, tf.reduce_sum(share * log_ratio)
-
-    def _iterate(self, batch, theta, moments, iterations, dropout):
-        def iteration(i, _gain, theta, moments, dropout):
-            with tf.GradientTape() as tape:
-                tape.watch(theta)
-                (pi, value), dropout = self.model.stateless_call(
-                    self.unpack(theta, tf.reshape), dropout, batch[:, :NUM_STATES], training=True)
-                *losses, gain = self.losses(pi, value, batch)
-            gradient = tape.gradient(losses, theta)   # of their sum
-            return i + 1, gain, *adam(theta, moments, iterations + i + 1, gradient), dropout
-
-        return tf.while_loop(lambda i, gain, *_: (i < TRAIN_ITERS) & (gain <= MAX_GAIN),
-                             iteration, [0., 0., theta, moments, dropout])
+        `greedy` is for the test and not in the post: it takes the most probable action.
+        """
+        pi, value = self.predict(state)
+        if greedy:
+            action = int(pi.argmax())
+        else:
+            action = self.rng.choices(range(NUM_ACTIONS), pi.tolist())[0]
+        return action, value, float(np.log(pi[action] + 1e-10))     # not in the post: never log 0
 
     def update(self, batch):
-        """Learn from the rows (LIMIT, 10) of an episode. Post: 「update()」.
+        """Learn from the arrays of one episode, and return the number of iterations.
 
-        Raises FloatingPointError, and leaves θ as it was, if a weight were not finite."""
-        i, _, theta, self.moments, self.dropout = self.graph(
-            batch, self.theta, self.moments, tf.constant(self.iterations, tf.float32), self.dropout)
-        self.iterations += int(i)
-        if not np.isfinite(theta).all():
-            raise FloatingPointError(f"a weight is not finite, iteration {self.iterations}")
-        self.theta = theta.numpy()
+        Post: 「update()」. Not in the post: raises FloatingPointError if a weight is not finite
+        afterwards, and leaves the weights as they were.
+        """
+        iterations = int(self.iterate(*batch))
+        weights = self.model.get_weights()
+        if not all(np.isfinite(weight).all() for weight in weights):
+            self.model.set_weights(self.weights)
+            raise FloatingPointError(f"a weight is not finite after {iterations} iterations")
+        self.weights = weights
+        return iterations
+
+    # TensorFlow compiles this function with its loop and its `break`, once for all episodes. None
+    # stands for T, which differs from episode to episode.
+    @tf.function(input_signature=[
+        tf.TensorSpec([None, NUM_STATES]),      # state
+        tf.TensorSpec([None], tf.int32),        # action
+        tf.TensorSpec([None]),                  # old_log_pi
+        tf.TensorSpec([None]),                  # returns
+        tf.TensorSpec([None])])                 # advantage
+    def iterate(self, state, action, old_log_pi, returns, advantage):
+        """Take up to TRAIN_ITERS steps of Adam, each from the whole episode. Return how many."""
+        iterations = 0
+        for _ in tf.range(TRAIN_ITERS):
+            # The tape records what is computed inside `with`, to find the gradient of it.
+            with tf.GradientTape() as tape:
+                pi, value = self.model(state, training=True)
+                pi_loss, v_loss, entropy, mean_log_ratio = self.losses(
+                    pi, value, action, old_log_pi, returns, advantage)
+                # The paper's equation 9. The entropy is subtracted so that it becomes large. The
+                # post adds it.
+                total_loss = pi_loss + V_LOSS_C * v_loss - ENT_C * entropy
+            gradients = tape.gradient(total_loss, self.model.trainable_variables)
+            self.optimizer.apply(gradients)
+            iterations += 1
+            # Stop when the actions of this episode have become more probable by 1.5 % on average.
+            if mean_log_ratio > 1.5 * TARGET_KL:
+                break
+        return iterations
+
+    @staticmethod
+    def losses(pi, value, action, old_log_pi, returns, advantage):
+        """Compute the losses of policy and value, the entropy, and the mean of log(ratio).
+
+        pi (T, 2), value (T, 1), all others (T,).
+        """
+        pi_of_action = tf.reduce_sum(pi * tf.one_hot(action, NUM_ACTIONS), axis=1)      # (T,)
+        log_ratio = tf.math.log(pi_of_action + 1e-10) - old_log_pi                      # (T,)
+
+        # How probable an action is now, relative to when it was played. Dropout is on here and was
+        # off then, so the ratio is not 1 even before the first step of Adam.
+        ratio = tf.exp(log_ratio)                                   # π(a|s) / π_old(a|s)
+
+        # The policy loss (the paper's equation 7). ratio·advantage grows when good actions become
+        # more probable and bad ones less. Once the ratio has left the range from 1 - ε to 1 + ε in
+        # this direction, the minimum is the clipped term. It is a constant, so nothing is gained
+        # by going further. If the ratio has left the range in the wrong direction, the minimum is
+        # the other term, which leads back. An optimizer makes a loss small, hence the minus.
+        clipped = tf.clip_by_value(ratio, 1 - CLIP_RATIO, 1 + CLIP_RATIO)
+        pi_loss = -tf.reduce_mean(tf.minimum(ratio * advantage, clipped * advantage))
+
+        # The value loss moves V(s) towards R. The post subtracts shapes (T,) and (T, 1). PyTorch
+        # makes (T, T) of it, all returns against all values. Here both are (T,).
+        v_loss = tf.reduce_mean(tf.square(returns - value[:, 0]))
+
+        # The entropy is large while the policy hesitates between the actions.
+        entropy = tf.reduce_mean(-tf.reduce_sum(pi * tf.math.log(pi + 1e-10), axis=1))
+
+        # The post calls this mean `kl`. But the mean of log(π_old/π), with the opposite sign, would
+        # be an estimate of the Kullback-Leibler divergence of the new policy from the old one.
+        mean_log_ratio = tf.reduce_mean(log_ratio)
+        return pi_loss, v_loss, entropy, mean_log_ratio
 
 
 def reward_modify(step, done):
-    """Reward of an episode's step, counted from 1: 0, but at the end 1 or -1."""
-    return 0. if not done else 1. if step >= GOOD_STEPS else -1.
+    """Return the post's reward after so many steps, in place of gym's 1 for every step.
+
+    It is 0 until the episode ends. Then it is 1 if the pole has stood for GOOD_STEPS, or else -1.
+    """
+    if not done:
+        return 0.
+    if step >= GOOD_STEPS:
+        return 1.
+    return -1.
 
 
 def run_episode(env, agent, memory=None):
-    """Play an episode, sampled into a memory or greedily without; return its steps."""
-    state, step, done = env.reset()[0], 0, False
+    """Play one episode and return its steps. Without a memory it is a test, and greedy."""
+    state, _ = env.reset()
+    step = 0
+    done = False
     while not done:
         action, value, log_pi = agent.get_action(state, greedy=memory is None)
         next_state, _, terminated, truncated, _ = env.step(action)
-        step, done = step + 1, terminated or truncated
+        step += 1
+        done = terminated or truncated
         if memory is not None:
             memory.add(state, action, reward_modify(step, done), value, log_pi)
         state = next_state
     return step
 
 
-def learn(agent, args, run):
-    """Play and learn in turns; True if the last ten episodes met the rule. Post: 「学習ループ」."""
-    env, memory, history = gym.make(ENV, disable_env_checker=True), Memory(), []
-    env.reset(seed=agent.random.getrandbits(31))
-    last, thetas, total, learned, started = [0] * 10, [], 0, False, time.perf_counter()
-    try:
-        with run.attempt("PPO"), base.live_table(
-                history, LIMIT, lambda: f"{agent.iterations} iterations", args.log):
-            while not learned and len(history) < args.episodes:
-                thetas = [*thetas[-9:], agent.theta]
-                last = [*last[1:], run_episode(env, agent, memory)]     # steps of the last ten
-                total, seconds = total + last[-1], round(time.perf_counter() - started, 3)
-                history.append(base.Episode(
-                    "PPO", len(history) + 1, last[-1], np.mean(last), total, seconds))
-                if args.log:
-                    base.say_episode(history[-1])
-                learned = bool(np.mean(last) > LIMIT - 1)
-                memory.finish_path()
-                agent.update(memory.get_batch())
-        if learned:     # the rule looks at ten episodes: hand over the mean of the θ they had
-            agent.theta = np.mean(thetas, axis=0)
-    finally:
-        seconds = time.perf_counter() - started
-        base.say(base.summary(learned, seconds, total, len(history), 1, args.episodes, run.lost))
-        agent.model.set_weights(agent.unpack(agent.theta))
-        run.keep({"PPO": agent.model}, learned, history, LIMIT, f"PPO on {ENV}")
-    return learned
+def learning_loop(agent, progress):
+    """Play and learn in turns until the last ten episodes meet the rule. Post: 「学習ループ」."""
+    env = gym.make(ENV, disable_env_checker=True)
+    env.reset(seed=agent.rng.getrandbits(31))               # seeds all later resets
+    memory = Memory()
+    total_steps = 0
+    last_steps = collections.deque([0] * 10, maxlen=10)     # of the last ten episodes
+    last_weights = collections.deque(maxlen=10)             # with which they were played
+    for episode in range(1, progress.max_episodes + 1):
+        # 1. Play an episode. The weights do not change meanwhile.
+        last_weights.append(agent.weights)
+        step = run_episode(env, agent, memory)
+
+        # 2. Compute what each step was worth.
+        memory.finish_path()
+
+        # 3. Learn from it, then forget it: the next episode is played by another policy.
+        agent.update(memory.get_batch())
+
+        # Not in the post: end if the last ten episodes meet the main file's rule. Then keep the
+        # mean of the weights that have played them, because it stands longer than the last ones.
+        total_steps += step
+        last_steps.append(step)
+        mean = np.mean(last_steps)
+        meets_rule = mean > progress.limit - 1
+        is_counted = progress.finish_episode(       # False if learning is already over
+            "PPO", episode, step, mean, total_steps, meets_rule)
+        if not is_counted:
+            return
+        if meets_rule:
+            agent.weights = [np.mean(weights, axis=0) for weights in zip(*last_weights)]
+            agent.model.set_weights(agent.weights)
+            return
 
 
 def main(argv=None):
-    """Learn, then test and film what was learned; return the exit status."""
-    args = base.parse_arguments(
-        argv, "Learn CartPole with PPO, then film what was learned.", "movie/ppo_cartpole",
-        ("--episodes", dict(default=EPISODES, type=base.from_1, help="to learn in, at the most")))
-    with contextlib.suppress(RuntimeError):     # a host that has started TensorFlow keeps its own
-        tf.config.threading.set_intra_op_parallelism_threads(1)     # 0.22 ms an iteration, not 0.32
-    run = base.Run(args.out)
+    """Learn, then test and film what was learned. Return the exit status."""
+    args = read_options(argv)
     model = PVNet(args.seed)
-    agent = Agent(base.load_weights(model, args.play) if args.play else model, args.seed)
-    learned = bool(args.play) or learn(agent, args, run)
-    if learned:
-        with run.attempt("test"):
-            env = gym.make(ENV, disable_env_checker=True, render_mode="rgb_array")
-            env.reset(seed=agent.random.getrandbits(31))
-            with base.film(env, args.out, "PPO", args.render) as env:
-                base.play(lambda: run_episode(env, agent), args.test_episodes, "PPO")
-    return 0 if learned and not run.lost else 1
+    if args.play:
+        base.load_weights(model, args.play)
+    agent = Agent(model, args.seed)
+    if not args.play:
+        is_learned = learn(agent, args)
+        if not is_learned:
+            return 1
+
+    env = gym.make(ENV, disable_env_checker=True, render_mode="rgb_array")
+    env.reset(seed=agent.rng.getrandbits(31))
+    with contextlib.closing(base.film(env, args.out, "PPO", args.render)) as env:
+        base.play(lambda: run_episode(env, agent), args.test_episodes)
+    return 0
+
+
+def learn(agent, args):
+    """Run the learning loop in a thread of its own, and keep what came of it."""
+    progress = base.Progress(ENV, args.max_episodes)
+    is_learned = False
+    steps = 0
+    try:
+        base.run_threads({"PPO": lambda: learning_loop(agent, progress)}, progress, args.log)
+    finally:
+        if progress.history:
+            last = progress.history[-1]
+            is_learned = last.mean_of_last_10 > progress.limit - 1
+            steps = last.total_steps
+        with base.no_interruption():
+            base.keep({"PPO": agent.model}, progress, is_learned, steps, f"PPO, {ENV}", args.out)
+    return is_learned
+
+
+def read_options(argv):
+    """Read the command line of this program."""
+    parser = base.make_parser("Learn CartPole with PPO, then film what was learned.",
+                              "movie/ppo_cartpole")
+    parser.add_argument("--max-episodes", default=MAX_EPISODES, type=base.positive,
+                        help="give up after so many episodes")
+    return base.check_options(parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    base.run_program(main)
