@@ -1,348 +1,553 @@
-"""A3C in processes, on one machine or on many: the post's shared memory becomes an actor of Ray.
+"""A3C with processes that share memory, so that every core of one machine learns.
 
-The program of rarilurelo's post 「PyTorchでA3C」 (2017, https://github.com/rarilurelo/pytorch_a3c)
-for Keras and Ray Core; the paper is Mnih et al., https://arxiv.org/abs/1602.01783; README.md lists
-the differences. Look at `Worker.train`: the post's loop in the post's order, but where that writes
-to shared memory, this calls `Server.update`, which takes a gradient and answers with θ.
-Shapes: W weights, all in one vector θ (19 075 with 4 frames: 76 kB); T steps between two updates;
-F numbers in the frames that are seen at once (16).
+Each process plays CartPole with a copy θ' of the shared weights θ, and computes a gradient after
+50 steps, or when an episode ends. θ lies in memory that belongs to all processes. Each process
+changes θ there by its own gradient, at once and without a lock, and copies it again.
+
+    python -m companions.a3c_processes          # eight processes; --num-process N for others
+
+This is the program of rarilurelo's post 「PyTorchでA3C」 (2017), whose repository is
+https://github.com/rarilurelo/pytorch_a3c (commit c36074b is of the same day), with Keras and
+TensorFlow in place of PyTorch. "The paper" is Mnih et al., 2016, https://arxiv.org/abs/1602.01783.
+
+To understand            read
+the loop of a process    train: the numbers 1. to 5. stand in the order of the post's `train`
+the shared memory        share_memory, then learn, where it is made, and run_process
+writing without a lock   Policy.sync reads θ, AsyncRMSprop.step writes it
+the network, the loss    Policy, then compile_gradient
+
+What differs from the post, and is needed to read the code:
+- All weights are one vector, as in the main file, and lie in a RawArray that NumPy maps. The post
+  explains this way, and then lets PyTorch's share_memory do it. TensorFlow has nothing like it.
+- A process plays in NumPy, and TensorFlow computes the gradient from the states afterwards. The
+  post keeps what it computed while playing, and goes back through it.
+- The policy loss is written out with log p. PyTorch had `reinforce` for it, and has it no more.
+What the post has wrong:
+- Its mean square of RMSProp is made by each process for itself, so it is not shared. (Its author
+  corrected this a month later.)
+- All its processes draw the same random numbers, because they are copies of one that was seeded.
+- Its learning rate becomes negative if a process comes late, after the last step.
+- `--gamma` and the variable `step` have no effect. They are left out.
+What is added for convenience:
+- Learning ends by the main file's rule, with the mean of ten θ'. An error in one process ends it,
+  too. The test takes the most probable action, and belongs to the same run.
+- The processes start quickly, because TensorFlow is imported once for all of them.
+
+Symbols: θ all weights of the shared network; θ' a process's copy; V(s) the value of the state s.
+R the discounted sum of the rewards that follow, here called a return, as in the post.
+Shapes: W weights of the network (19 075), T steps of a rollout (at most 50), F numbers in the
+frames that the network sees together (4 frames of 4 numbers, 16).
 """
+import argparse
 import collections
 import contextlib
-import logging
+import math
+import multiprocessing as mp
 import os
 import random
 import signal
-import socket
 import sys
-import time
+import traceback
+from multiprocessing import connection
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # to run it by its path too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # to run it by its path, too
+
+# The threads that NumPy would start would only take time from the other processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Not in the post: a quick start. It takes seconds to import TensorFlow, and each process would have
+# to. A "forkserver" is a process that imports it once and then makes the others as copies of
+# itself. It is started here, before the imports below, so that both import at the same time. Only
+# Linux is sure to have it. Elsewhere each process is a new Python ("spawn").
+if sys.platform == "linux":
+    from multiprocessing import forkserver
+    START_METHOD = "forkserver"
+    # What it imports: this file (if it is run by its path) and, with the main file, TensorFlow.
+    forkserver.set_forkserver_preload(["__main__", "a3c_cartpole"])
+    if __name__ == "__main__":
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it inherits this: no Ctrl-C
+        forkserver.ensure_running()
+        signal.signal(signal.SIGINT, handler)
+else:
+    START_METHOD = "spawn"
+
 import a3c_cartpole as base  # isort: skip  (before Keras, which it sets up)
 import gymnasium as gym
 import keras
 import numpy as np
 import tensorflow as tf
 
-try:
-    import ray
-except ImportError:
-    ray = None              # main says how to install it
+NAME = "a3c_processes"
+ENV = "CartPole-v0"
+LIMIT = 200             # steps of an episode, at most
+NUM_ACTIONS = 2
+DIM_OBS = 4             # numbers in one frame
 
-NAME, ENV, LIMIT = "a3c_processes", "CartPole-v0", 200      # an episode's steps at the most
-GAMMA = .99                 # γ, discount of a reward, per step
-RMSPROP_ALPHA = .99         # α, the share of its mean square that RMSProp keeps at each update
-EPS = .01                   # beside the mean square, and in the entropy's logarithm
-SAVE_SECONDS = 10           # between two files of the weights while learning
-WORKER_ENVIRONMENT = dict(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="3", OMP_NUM_THREADS="1",
-                          TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")
+GAMMA = .99             # γ: a reward k steps ahead counts γ^k
+ALPHA = .99             # how much of its mean of squared gradients RMSProp keeps at each update
 
 
 class Policy:
-    """The network. Post: 「Policy」; its first weights are drawn as PyTorch's `Linear` does."""
+    """The network and one set of its weights. Post: `Policy`.
+
+    The actor is the output p, the probability of each action. The critic is the output V. They
+    share two hidden layers.
+    """
 
     def __init__(self, num_actions, dim_obs, frame_num, seed=None):
-        seeds = keras.random.SeedGenerator(seed)
+        if seed is not None:
+            keras.utils.set_random_seed(seed)
+        self.dim_input = dim_obs * frame_num    # F
+        l_input = keras.Input((self.dim_input,), name="frames")
+        fc1 = self.linear(l_input, 128, "relu", "fc1")
+        fc2 = self.linear(fc1, 128, "relu", "fc2")
+        p = self.linear(fc2, num_actions, "softmax", "p")
+        v = self.linear(fc2, 1, "linear", "v")
+        self.model = keras.Model(l_input, [p, v], name=NAME)
+        weights = self.model.get_weights()      # a list: kernel, bias, kernel, bias, ...
+        self.shapes = [weight.shape for weight in weights]
+        self.sync(self.pack(weights))
 
-        def linear(x, size, activation, name):
-            bound = x.shape[-1] ** -.5
-            start = keras.initializers.RandomUniform(-bound, bound, seeds)
-            return keras.layers.Dense(size, activation, True, start, start, name=name)(x)
-        frames = keras.Input((dim_obs * frame_num,), name="frames")
-        x = linear(linear(frames, 128, "relu", "fc1"), 128, "relu", "fc2")
-        heads = [linear(x, num_actions, "softmax", "p"), linear(x, 1, "linear", "v")]
-        self.model = keras.Model(frames, heads, name=NAME)
-        weights = self.model.get_weights()
-        ends = np.cumsum([0] + [w.size for w in weights])
-        self.places = [(slice(a, b), w.shape) for a, b, w in zip(ends, ends[1:], weights)]
-        self.sync(np.concatenate([w.ravel() for w in weights]))
+    @staticmethod
+    def linear(x, size, activation, name):
+        """Add a dense layer with the first weights that PyTorch's `Linear` has.
 
-    def unpack(self, theta, reshape=np.ndarray.reshape):
-        """Cut θ (W,) into kernels and biases, in the model's order."""
-        return [reshape(theta[place], shape) for place, shape in self.places]
+        They are uniform between ±1/√n for n inputs.
+        """
+        bound = x.shape[-1] ** -.5
+        uniform = keras.initializers.RandomUniform
+        layer = keras.layers.Dense(size, activation, name=name,
+                                   kernel_initializer=uniform(-bound, bound),
+                                   bias_initializer=uniform(-bound, bound))
+        return layer(x)
 
-    def sync(self, theta):
-        """Take over θ (W,) of the server."""
-        self.theta, self.weights = theta, self.unpack(theta)
+    def sync(self, global_theta):
+        """Copy the shared weights (W,): θ' ← θ. Post: `sync`.
+
+        Another process may be writing to θ while this one reads. Then θ' is partly old and partly
+        new. That does no harm, because one update changes θ very little.
+        """
+        self.theta = global_theta.copy()
+        self.weights = self.unpack(self.theta, np.reshape)
+
+    @staticmethod
+    def pack(weights):
+        """Join kernels and biases into one vector (W,)."""
+        return np.concatenate([weight.ravel() for weight in weights])
+
+    def unpack(self, theta, reshape):
+        """Cut a vector (W,) into kernels and biases, by np.reshape or, for a tensor, tf.reshape."""
+        weights = []
+        start = 0
+        for shape in self.shapes:
+            end = start + math.prod(shape)
+            weights.append(reshape(theta[start:end], shape))
+            start = end
+        return weights
 
     def forward(self, x):
-        """In NumPy: x (F,) → p of each action (2,), which sum to 1, and V."""
-        k1, b1, k2, b2, kp, bp, kv, bv = self.weights
-        x = np.maximum(np.maximum(x @ k1 + b1, 0) @ k2 + b2, 0)
-        p = np.exp(x @ kp + bp - np.max(x @ kp + bp))
-        return p / p.sum(), (x @ kv + bv)[0]
+        """The frames x (F,) → p of each action (2,) and V, a number. Post: `forward`.
 
-
-class Server:
-    """An actor: what all processes share, one call at a time. Post: `global_policy`, `global_t`."""
-
-    def __init__(self, theta, args):
-        self.theta, self.mean_square, self.args = theta, np.zeros_like(theta), args     # (W,)
-        self.global_t, self.learned, self.over, self.began = 0, False, False, time.perf_counter()
-        self.last = [collections.deque([(0, theta)] * 10, 10) for _ in range(args.num_process)]
-        self.best, self.history, self.joined = (0, theta), [], collections.Counter()    # see report
-
-    def join(self, rank):
-        """Let a worker begin, or begin anew: θ (W,), and if learning is over."""
-        self.joined[rank] += 1
-        return self.theta, self.over
-
-    def update(self, rank, gradient, steps, length=None):
-        """Let a worker's gradient (W,) over so many steps change θ; return what `join` does.
-
-        `length`: steps of the episode that ended with them.
+        In NumPy, because for a single state this is 100 times as fast as asking Keras. It must
+        agree with the model.
         """
-        if not self.over:
-            self.global_t += steps
-            self.step(gradient)
-            if length:
-                self.finish_episode(rank, length)
-            self.over |= self.global_t >= self.args.epoch
-        return self.theta, self.over
-
-    def step(self, gradient):
-        """Shared RMSProp, paper, section 4; η falls from args.lr to 0 at step args.epoch."""
-        eta = self.args.lr * max(0, 1 - self.global_t / self.args.epoch)
-        self.mean_square = RMSPROP_ALPHA * self.mean_square + (1 - RMSPROP_ALPHA) * gradient ** 2
-        self.theta = self.theta - eta * gradient / np.sqrt(self.mean_square + EPS)
-
-    def finish_episode(self, rank, length):
-        """Record an episode; who meets the rule leaves the mean of the θ of its last ten."""
-        self.last[rank].append((length, self.theta))
-        mean, name = sum(steps for steps, _ in self.last[rank]) / 10, f"worker_{rank + 1}"
-        count = 1 + sum(row[0] == name for row in self.history)
-        seconds = round(time.perf_counter() - self.began, 3)
-        self.history.append((name, count, length, mean, self.global_t, seconds))
-        self.best = max(self.best, (mean, self.theta), key=lambda best: best[0])
-        self.learned = mean > LIMIT - 1
-        if self.learned:
-            self.theta = np.mean([theta for _, theta in self.last[rank]], axis=0)
-        self.over |= self.learned or len(self.history) >= self.args.episodes
-
-    def report(self, episodes):
-        """Rows after so many episodes, joins of each, the θ to keep, steps, if learned, if over."""
-        best = self.args.save_mode == "max" and not self.learned
-        theta = self.best[1] if best else self.theta
-        return self.history[episodes:], self.joined, theta, self.global_t, self.learned, self.over
+        fc1_kernel, fc1_bias, fc2_kernel, fc2_bias, p_kernel, p_bias, v_kernel, v_bias = \
+            self.weights
+        x = np.maximum(x @ fc1_kernel + fc1_bias, 0)        # relu
+        x = np.maximum(x @ fc2_kernel + fc2_bias, 0)
+        z = x @ p_kernel + p_bias
+        exp_z = np.exp(z - z.max())                         # - max, so that it cannot overflow
+        p = exp_z / exp_z.sum()                             # softmax
+        v = x @ v_kernel + v_bias
+        return p, v[0]
 
 
-class Worker:
-    """An actor: a process with an environment and a network of its own. Post: 「mp.Process」."""
+class AsyncRMSprop:
+    """RMSProp on weights in shared memory. Post's repository: `AsyncRMSprop`; paper: section 4."""
 
-    def __init__(self, rank, args):
-        self.rank, self.args, self.env = rank, args, make_env(args.frame_num)
-        self.random = random.Random(None if args.seed is None else f"{args.seed} {rank}")
-        self.local_policy = Policy(2, 4, args.frame_num)
-        T, W = args.local_t_max, len(self.local_policy.theta)
-        graph = tf.function(lambda *batch: self.gradient(*batch), jit_compile=True, autograph=False)
-        self.compiled = graph.get_concrete_function(    # a call takes 0.4 ms, of `graph` itself 2
-            *map(tf.TensorSpec, [[W], [T, 4 * args.frame_num], [T], [T]]))
+    def __init__(self, global_theta, mean_square, eps):
+        self.global_theta = global_theta    # θ (W,)
+        self.mean_square = mean_square      # running mean of squared gradients (W,), from 0
+        self.eps = eps
 
-    def train(self, server):
-        """Learn until the server says that it is over. Post: 「train」.
+    def step(self, lr, gradient):
+        """Change θ by a gradient (W,), in the shared memory itself and without a lock.
 
-        Raises FloatingPointError, before θ has suffered, if a gradient is not finite.
+        `-=` reads θ, subtracts, and writes. If two processes do so at the same moment, the change
+        of one of them is lost for some of the weights. The next gradients make up for it.
         """
-        T, step, o = self.args.local_t_max, 0, self.env.reset(seed=self.random.getrandbits(31))[0]
-        theta, over = ray.get(server.join.remote(self.rank))
-        while not over:
-            self.local_policy.sync(theta)
-            observations, actions, rewards, done = [], [], [], False
-            while not done and len(rewards) < T:
-                p, _ = self.local_policy.forward(o)
-                observations.append(o)
-                actions.append(self.random.choices(range(2), p)[0])
-                o, r, terminated, truncated, _ = self.env.step(actions[-1])
-                rewards.append(r)
-                step, done = step + 1, terminated or truncated
-            R = 0. if done else self.local_policy.forward(o)[1]
-            rest = T - len(rewards)             # rows without a step, and so without an action
-            batch = (theta, observations + [o] * rest, actions + [-1] * rest,
-                     returns(rewards, R) + [0] * rest)
-            gradient = self.compiled(*map(tf.constant, map(np.float32, batch))).numpy()
-            if not np.isfinite(gradient).all():
-                raise FloatingPointError(f"a gradient of worker_{self.rank + 1} is not finite")
-            theta, over = ray.get(server.update.remote(
-                self.rank, gradient, len(rewards), step if done else None))
+        self.mean_square *= ALPHA
+        self.mean_square += (1 - ALPHA) * gradient ** 2
+        self.global_theta -= lr * gradient / (np.sqrt(self.mean_square) + self.eps)
+
+
+class StackEnv:
+    """Shows the last few frames as one observation, so that the network sees movement.
+
+    Post's repository: `StackEnv`.
+    """
+
+    def __init__(self, env, frame_num):
+        self.env = env
+        self.frames = collections.deque(maxlen=frame_num)   # each (4,), the oldest first
+
+    def seed(self, seed):
+        """Fix the random numbers of all later episodes."""
+        self.env.reset(seed=seed)
+
+    def reset(self):
+        """Start an episode and return the first observation (F,): the same frame repeatedly."""
+        frame, _ = self.env.reset()
+        for _ in range(self.frames.maxlen):
+            self.frames.append(frame)
+        return np.concatenate(self.frames)
+
+    def step(self, action):
+        """Do an action; return the observation (F,), the reward, and whether that was the end."""
+        frame, reward, terminated, truncated, _ = self.env.step(action)
+        self.frames.append(frame)
+        return np.concatenate(self.frames), reward, terminated or truncated
+
+
+def train(rank, global_theta, local_policy, optimizer, env, global_t, report, args):
+    """Learn until all processes together have made `args.epoch` steps. Post: `train`.
+
+    `global_t` (1,) counts the steps in shared memory. Raises FloatingPointError if a gradient is
+    not finite, before it changes θ.
+    """
+    compute_gradient = compile_gradient(local_policy, args)
+    # Not in the post: each process has random numbers of its own.
+    rng = random.Random(None if args.seed is None else f"{args.seed} {rank}")
+    env.seed(rng.getrandbits(31))
+    o = env.reset()
+    sum_rewards = 0
+    while global_t[0] < args.epoch:
+        # 1. Copy the shared weights: θ' ← θ.
+        local_policy.sync(global_theta)
+
+        # 2. Play local_t_max steps, or fewer if the episode ends.
+        observations = []
+        actions = []
+        rewards = []
+        R = 0
+        for _ in range(args.local_t_max):
+            global_t += 1
+            p, _ = local_policy.forward(o)
+            a = rng.choices(range(NUM_ACTIONS), p.tolist())[0]
+            observations.append(o)
+            actions.append(a)
+            o, r, done = env.step(a)
+            sum_rewards += r
+            rewards.append(r)
             if done:
-                o, step = self.env.reset()[0], 0
+                o = env.reset()
+                report.finish_episode(int(sum_rewards), local_policy.theta, int(global_t[0]))
+                sum_rewards = 0
+                break
+        else:
+            # The loop has ended without `break`: the episode goes on. V of the next state stands
+            # for all rewards that will follow.
+            _, R = local_policy.forward(o)
 
-    def gradient(self, theta, x, a, R):
-        """Gradient (W,) at θ (W,) of the post's loss, summed over x (T, F), a (T,) and R (T,).
+        # 3. Compute the return of each step, from the last one back to the first.
+        returns = []
+        for r in rewards[::-1]:
+            R = r + GAMMA * R
+            returns.insert(0, R)
+        returns = normalise(np.array(returns, np.float32), args.eps)
 
-        −log π(a|x)·(R − V) with R − V held constant, ½·v_loss_coeff·(R − V)², and entropy_beta·
-        Σ p·log p, which is to be small. Paper: Algorithm S3. Rows with a = -1 count nothing.
-        """
+        # 4. Compute the gradient at θ'.
+        gradient = compute_gradient(
+            tf.constant(local_policy.theta), tf.constant(np.array(observations)),
+            tf.constant(actions), tf.constant(returns)).numpy()
+        if not np.isfinite(gradient).all():     # not in the post
+            raise FloatingPointError(f"the gradient is not finite after {global_t[0]} steps")
+
+        # 5. Change θ, for all processes at once. The learning rate falls from lr to 0. (Without
+        #    `max` it would be negative for a process that comes after the last step.)
+        new_lr = max(0, args.epoch - global_t[0]) / args.epoch * args.lr
+        optimizer.step(new_lr, gradient)
+
+
+def normalise(returns, eps):
+    """Give the returns (T,) of a rollout a mean of 0 and a standard deviation of 1. A single one
+    stays as it is.
+
+    So V learns normalised returns. V(s'), with which a return begins, is normalised as well, but
+    the rewards that are added to it are not. This is the post's rule, and it learns.
+    """
+    if len(returns) == 1:
+        return returns
+    return (returns - returns.mean()) / (returns.std(ddof=1) + eps)
+
+
+def compile_gradient(policy, args):
+    """Compile the function that computes the gradient of the post's loss, for any T."""
+
+    def gradient(theta, observations, actions, returns):
+        """θ' (W,), observations (T, F), actions (T,), returns (T,) → gradient (W,)."""
+        # The tape records what is computed inside `with`, to find the gradient of it.
         with tf.GradientTape() as tape:
             tape.watch(theta)
-            weights = self.local_policy.unpack(theta, tf.reshape)
-            (p, v), _ = self.local_policy.model.stateless_call(weights, [], x)
-            a, advantage = tf.one_hot(tf.cast(a, tf.int32), 2), R - v[:, 0]
-            log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)
-            v_loss = .5 * self.args.v_loss_coeff * tf.square(advantage)
-            entropy = self.args.entropy_beta * tf.reduce_sum(p * tf.math.log(p + EPS), axis=1)
-            losses = v_loss + entropy - log_prob * tf.stop_gradient(advantage)
-            loss = tf.reduce_sum(losses * tf.reduce_sum(a, axis=1))
+            weights = policy.unpack(theta, tf.reshape)
+            (p, v), _ = policy.model.stateless_call(weights, [], observations)  # (T, 2), (T, 1)
+            advantage = returns - v[:, 0]       # how much better it went than V expected
+
+            # The actor: make actions with a positive advantage more likely, others less. The
+            # advantage is a constant here. Post: `a.reinforce(r - v.data)`.
+            p_action = tf.gather(p, actions, axis=1, batch_dims=1)
+            log_prob = tf.math.log(p_action + 1e-10)
+            policy_loss = -tf.reduce_sum(log_prob * tf.stop_gradient(advantage))
+
+            # The critic: move V towards the return.
+            v_loss = .5 * args.v_loss_coeff * tf.reduce_sum(advantage ** 2)
+
+            # The post's `entropy` is Σ p·log p, which is minus the entropy. To make it small keeps
+            # the policy from settling too early.
+            entropy = args.entropy_beta * tf.reduce_sum(p * tf.math.log(p + args.eps))
+
+            loss = policy_loss + v_loss + entropy
         return tape.gradient(loss, theta)
 
-
-def returns(rewards, R):
-    """R ← r + γR, from the last of T steps back to the first: a list. R: V(s') of the last."""
-    result = []
-    for r in rewards[::-1]:
-        R = r + GAMMA * R
-        result.insert(0, R)
-    return result
+    # autograph would translate Python's loops and `if`s, of which there are none.
+    return tf.function(gradient, autograph=False).get_concrete_function(
+        tf.TensorSpec(policy.theta.shape), tf.TensorSpec([None, policy.dim_input]),
+        tf.TensorSpec([None], tf.int32), tf.TensorSpec([None]))
 
 
-def make_env(frame_num, **options):
-    """CartPole that shows its last frames at once, the oldest first, as (4 · frame_num,)."""
-    env = gym.make(ENV, disable_env_checker=True, **options)
-    return gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, frame_num))
+def share_memory(array):
+    """Copy an array to memory that processes can share. Post: `share_memory`.
+
+    Returns a RawArray, which a process can be given when it starts. There np.frombuffer makes a
+    NumPy array of it without a copy: what one process writes, all others read.
+    """
+    shared = mp.RawArray(np.ctypeslib.as_ctypes_type(array.dtype), len(array))
+    np.frombuffer(shared, array.dtype)[:] = array
+    return shared
 
 
-def start_ray(address, run):
-    """Start Ray on this machine, or join the cluster at `address`; if there is none, status 2."""
-    own = {} if address else dict(include_dashboard=False, object_store_memory=10**8)   # bytes
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+def run_process(rank, theta, mean_square, global_t, messages, args):
+    """Run in a process of its own: map the shared memory, make what is not shared, and train."""
+    # A terminal sends Ctrl-C to all processes. The parent obeys, and then ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        if address:     # Ray itself takes minutes to give up
-            host, _, port = address.rpartition(":")
-            with socket.create_connection((host, int(port)), timeout=5) as connection:
-                if connection.recv(4)[3:] != b"\4":    # how gRPC begins
-                    raise ConnectionError("who answers is not Ray")
-        # cut short while it starts, Ray leaves processes behind
-        with contextlib.nullcontext() if address else run.uninterrupted():
-            ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False,
-                     runtime_env={"env_vars": WORKER_ENVIRONMENT}, **own)
-            signal.signal(signal.SIGTERM, run.interrupt)        # Ray has put its own there
-    except Exception as error:
-        cause = " ".join(str(error).split())[:200]
-        base.refuse(f"argument --address: no Ray cluster at {address!r} ({cause}); give HOST:PORT "
-                    "of one" if address else f"Ray does not start: {cause}")
-    ray._private.worker._worker_logs_enabled = False    # or it prints lines of its own of a loss
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])     # sent to other machines
+        global_theta = np.frombuffer(theta, np.float32)
+        global_t = np.frombuffer(global_t, np.int64)
+        optimizer = AsyncRMSprop(global_theta, np.frombuffer(mean_square, np.float32), args.eps)
+        local_policy = Policy(NUM_ACTIONS, DIM_OBS, args.frame_num)
+        env = StackEnv(make_env(), args.frame_num)
+        report = Report(rank, messages, args.save_mode)
+        train(rank, global_theta, local_policy, optimizer, env, global_t, report, args)
+    except Exception:
+        with contextlib.suppress(OSError):      # the parent is gone, and nobody listens
+            messages.send(traceback.format_exc())
 
 
-def answer(calls):
-    """What calls of actors return; raises what was raised there."""
+def learn(policy, args):
+    """Let processes learn; give `policy` the weights to keep. Return True if they have learned.
+
+    Post: what stands below `if __name__ == '__main__'`.
+    """
+    theta = share_memory(policy.theta)
+    mean_square = share_memory(np.zeros_like(policy.theta))
+    global_t = share_memory(np.zeros(1, np.int64))
+    progress = base.Progress(ENV, max_episodes=math.inf)
+    workers = []
+    is_learned = False
     try:
-        return ray.get(calls)
-    except ray.exceptions.RayActorError as error:
-        if "creation task" in str(error):
-            raise RuntimeError(f"no worker starts: {str(error).splitlines()[-1]}") from None
-        raise ConnectionError("the server's process is gone, and with it the run") from None
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+        with base.no_interruption():        # new processes inherit it, and are not interrupted
+            for rank in range(args.num_process):
+                workers.append(Worker(rank, theta, mean_square, global_t, policy, progress, args))
 
+        # Wait until the first process has played an episode, or has failed. The clock of the
+        # summary starts after that.
+        connection.wait([worker.messages for worker in workers])
+        base.run_threads({worker.name: worker.follow for worker in workers}, progress, args.log)
 
-def start_actors(theta, args):
-    """Start workers all over the cluster, and the server; return it, them and their calls."""
-    worker = ray.remote(num_cpus=.001, scheduling_strategy="SPREAD", max_restarts=-1,
-                        max_task_retries=-1)(Worker)    # without any CPU it would not spread
-    workers = [worker.remote(rank, args) for rank in range(args.num_process)]
-    answer([worker.__ray_ready__.remote() for worker in workers])
-    server = ray.remote(num_cpus=0)(Server).remote(theta, args)
-    calls = [worker.train.remote(server) for worker in workers]     # made anew after a loss
-    return server, workers, calls
-
-
-def end_ray(workers):
-    """End the workers, which would outlive Ray by seconds, and Ray, or leave its cluster."""
-    for worker in workers:
-        ray.kill(worker)
-    ray.shutdown()
-
-
-def learn(policy, args, run):
-    """Run server and workers until learning is over, and keep what came of it; True if learned."""
-    history, workers, steps, learned, over = [], [], 0, False, False
-    known = collections.Counter(range(args.num_process))    # each worker joins once
-    began = saved = time.perf_counter()
-    try:
-        with run.attempt("learning"), base.live_table(
-                history, LIMIT, lambda: f"{args.num_process} processes", args.log):
-            server, workers, calls = start_actors(policy.theta, args)
-            began = saved = time.perf_counter()
-            while not over:
-                answer(ray.wait(calls, timeout=.5)[0])
-                rows, joined, theta, steps, learned, over = answer(
-                    server.report.remote(len(history)))
-                policy.sync(theta)
-                for rank in (joined - known).elements():
-                    base.say(f"worker_{rank + 1} was lost; Ray has started it anew")
-                known |= joined
-                for row in rows:
-                    history.append(base.Episode(*row))
-                    if args.log:
-                        base.say_episode(history[-1])
-                if time.perf_counter() > saved + SAVE_SECONDS:
-                    saved = time.perf_counter()
-                    with run.attempt("weights"):
-                        save(policy, steps, args)
+        # Only the episode that meets the rule can be the last one with such a mean.
+        last = progress.history[-1] if progress.history else None
+        is_learned = last is not None and last.mean_of_last_10 > LIMIT - 1
     finally:
-        with run.uninterrupted():
-            seconds = time.perf_counter() - began
-            end_ray(workers)
-            most = len(history) if over else args.episodes
-            base.say(base.summary(learned, seconds, steps, len(history), args.num_process, most,
-                                  [lost for lost in run.lost if lost == "learning"]))
+        with base.no_interruption():
+            for worker in workers:
+                worker.process.kill()       # there is nothing that it would have to put in order
+            for worker in workers:
+                worker.process.join()
+                if worker.name == (last.thread if is_learned else "process_0"):
+                    policy.sync(worker.kept)
             policy.model.set_weights(policy.weights)
-            run.keep({NAME: policy.model}, learned, history, LIMIT,
-                     f"A3C on {ENV}, {args.num_process} processes")
-    if learned and "weights" not in run.lost:
-        (args.out / f"{NAME}.unfinished.weights.h5").unlink(missing_ok=True)
-    return learned
-
-
-def save(policy, steps, args):
-    """Write weights while learning goes on; only mode all leaves the earlier ones."""
-    name = f"{NAME}.{steps if args.save_mode == 'all' else 'unfinished'}.weights.h5"
-    policy.model.set_weights(policy.weights)
-    base.save_weights(policy.model, args.out / name)
-
-
-def play(policy, env):
-    """Play an episode, always by the more probable action, and return its steps."""
-    (o, _), steps, done = env.reset(), 0, False
-    while not done:
-        o, _, terminated, truncated, _ = env.step(int(policy.forward(o)[0].argmax()))
-        steps, done = steps + 1, terminated or truncated
-    return steps
+            base.keep({NAME: policy.model}, progress, is_learned, int(global_t[0]),
+                      f"A3C on {ENV}, {args.num_process} processes", args.out)
+    return is_learned
 
 
 def main(argv=None):
     """Learn, keep what was learned, play with it; return the exit status."""
-    args = base.parse_arguments(
-        argv, "Learn CartPole with A3C in processes, then film what was learned.", f"movie/{NAME}",
-        ("--address", dict(help="HOST:PORT of a Ray cluster; without it this machine alone")),
-        ("--num-process", dict(type=base.from_1, default=8, help="workers")),
-        ("--local-t-max", dict(type=base.from_1, default=5, help="steps between two updates")),
-        ("--entropy-beta", dict(type=float, default=.01, help="weight of the entropy")),
-        ("--v-loss-coeff", dict(type=float, default=.5, help="weight of the value loss")),
-        ("--frame-num", dict(type=base.from_1, default=4, help="frames that are seen at once")),
-        ("--lr", dict(type=float, default=7e-4, help="learning rate at the first step")),
-        ("--epoch", dict(type=base.from_1, default=10_000_000, help="most steps; there it is 0")),
-        ("--episodes", dict(type=base.from_1, default=20_000, help="of all workers, at the most")),
-        ("--save-mode", dict(choices=["all", "last", "max"], default="max", help="if it fails")))
-    if not (ray or args.play):
-        base.refuse("Ray is missing; `python -m pip install -r tests/requirements.txt` brings it")
-    run, learned = base.Run(args.out), True
-    policy = Policy(2, 4, args.frame_num, args.seed)
+    args = read_options(argv)
+    policy = Policy(NUM_ACTIONS, DIM_OBS, args.frame_num, args.seed)
     if args.play:
-        policy.weights = base.load_weights(policy.model, args.play).get_weights()
-    else:
-        start_ray(args.address, run)
-        learned = learn(policy, args, run)
-    if learned:
-        with run.attempt("test"):
-            env = make_env(args.frame_num, render_mode="rgb_array")
-            env.reset(seed=args.seed)
-            with base.film(env, args.out, NAME, args.render) as env:
-                base.play(lambda: play(policy, env), args.test_episodes, "test")
-    return 0 if learned and not run.lost else 1
+        policy.sync(policy.pack(base.load_weights(policy.model, args.play)))
+    elif not learn(policy, args):
+        return 1
+    film = base.film(make_env(render_mode="rgb_array"), args.out, NAME, args.render)
+    with contextlib.closing(film):
+        env = StackEnv(film, args.frame_num)
+        env.seed(args.seed)
+        base.play(lambda: play(policy, env), args.test_episodes)
+    return 0
+
+
+def play(policy, env):
+    """Play an episode, always by the more probable action, and return its steps."""
+    o = env.reset()
+    steps = 0
+    done = False
+    while not done:
+        p, _ = policy.forward(o)
+        o, _, done = env.step(int(p.argmax()))
+        steps += 1
+    return steps
+
+
+# -- Not in the post: options, and what the parent and the processes say to each other.
+
+def read_options(argv):
+    """Read the command line. The defaults are the post's."""
+    parser = base.make_parser("Learn CartPole with A3C in processes, then film what was learned.",
+                              f"movie/{NAME}")
+    parser.add_argument("--num-process", type=base.positive, default=8, help="processes that learn")
+    parser.add_argument("--local-t-max", type=base.positive, default=50,
+                        help="steps between two updates, at most")
+    parser.add_argument("--entropy-beta", type=number, default=.01,
+                        help="coefficient of the entropy")
+    parser.add_argument("--v-loss-coeff", type=number, default=.5,
+                        help="coefficient of the value loss")
+    parser.add_argument("--frame-num", type=base.positive, default=4,
+                        help="frames that the network sees together")
+    parser.add_argument("--lr", type=number, default=1.1e-3,
+                        help="learning rate at the first step")
+    parser.add_argument("--eps", type=number, default=.1,
+                        help="is added to the divisors of RMSProp and of the returns, and inside"
+                             " the logarithm of the entropy")
+    parser.add_argument("--epoch", type=base.positive, default=10_000_000,
+                        help="steps of all processes, at most; the learning rate is 0 then")
+    parser.add_argument("--save-mode", choices=["all", "last", "max"], default="max",
+                        help="which weights of process 0 to keep if the run does not learn: of its"
+                             " best episode, of its last, or a file for each")
+    return base.check_options(parser, parser.parse_args(argv))
+
+
+def number(text):
+    """Read an option that is a number, at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
+    return value
+
+
+def make_env(**options):
+    """Make a CartPole."""
+    gym.logger.min_level = gym.logger.ERROR     # do not say that CartPole-v0 is old
+    return gym.make(ENV, disable_env_checker=True, **options)
+
+
+class Report:
+    """Tells the parent about each episode of a process. The post prints those of process 0."""
+
+    def __init__(self, rank, messages, save_mode):
+        self.rank = rank
+        self.messages = messages        # a pipe to the parent
+        self.save_mode = save_mode
+        self.max_sum_rewards = 0
+        self.last_rewards = collections.deque([0] * 10, maxlen=10)
+        self.last_thetas = collections.deque(maxlen=10)     # θ' of each of these ten episodes
+
+    def finish_episode(self, sum_rewards, theta, global_t):
+        """Send the steps of an episode, and the weights if they are to be kept.
+
+        As each step gives a reward of 1, the sum of the rewards is the number of steps.
+        """
+        self.last_rewards.append(sum_rewards)
+        self.last_thetas.append(theta)
+        mean = sum(self.last_rewards) / 10
+        kept = None
+        if mean > LIMIT - 1:
+            kept = np.mean(self.last_thetas, axis=0)    # as in the main file
+        elif self.rank == 0:
+            # As in the post, process 0 decides: each time, or if this was its best episode.
+            if self.save_mode != "max" or sum_rewards > self.max_sum_rewards:
+                self.max_sum_rewards = sum_rewards
+                kept = theta
+        self.messages.send((sum_rewards, mean, global_t, kept))
+
+
+class Worker:
+    """A process, as its parent sees it."""
+
+    def __init__(self, rank, theta, mean_square, global_t, policy, progress, args):
+        self.name = f"process_{rank}"
+        self.policy = policy
+        self.progress = progress
+        self.save_all = args.save_mode == "all"
+        self.out = args.out
+        self.episodes = 0
+        self.kept = policy.theta        # the weights (W,) that this process wants to be kept
+        context = mp.get_context(START_METHOD)
+        self.messages, sender = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=run_process, args=(rank, theta, mean_square, global_t, sender, args),
+            name=self.name, daemon=True)
+        self.process.start()
+        sender.close()      # now only the process has this end, so its death closes the pipe
+
+    def follow(self):
+        """Record the episodes of the process, until learning is over or the process has ended."""
+        while not self.progress.stop.is_set():
+            if not self.messages.poll(.1):
+                continue
+            try:
+                message = self.messages.recv()
+            except (EOFError, OSError):
+                self.look_at_the_end()
+                return
+            if isinstance(message, str):
+                self.fail(f"failed:\n{message}")
+                return
+            self.record(*message)
+
+    def record(self, steps, mean, global_t, kept):
+        """Record an episode. The first one that meets the rule ends learning."""
+        self.episodes += 1
+        is_counted = self.progress.finish_episode(
+            self.name, self.episodes, steps, mean, global_t, mean > LIMIT - 1)
+        if is_counted and kept is not None:
+            self.kept = kept
+            if self.save_all:
+                self.policy.model.set_weights(self.policy.unpack(kept, np.reshape))
+                base.save_weights(self.policy.model, self.out / f"{NAME}.{global_t}.weights.h5")
+
+    def look_at_the_end(self):
+        """The process has ended: after the last step of the run, or because it was killed."""
+        self.process.join()
+        if self.process.exitcode < 0:
+            self.fail(f"was killed by signal {-self.process.exitcode}")
+        elif self.process.exitcode > 0:
+            self.fail(f"ended with exit status {self.process.exitcode}")
+
+    def fail(self, reason):
+        """Note that this process has failed, and say why, if it is the first one."""
+        with self.progress.lock:
+            is_first = self.progress.failed is None
+            if is_first:
+                self.progress.failed = self.name
+        if is_first:
+            print(f"error: {self.name} {reason}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    base.run_program(main)
