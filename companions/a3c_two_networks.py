@@ -66,7 +66,7 @@ ENV = "CartPole-v0"     # an episode ends after 200 steps at the latest
 NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
 
 # -- constants of A3C
-GAMMA = .95             # γ: a reward k steps ahead counts γ^k; the reward 1 forever is worth 20
+GAMMA = .95             # γ: a reward k steps ahead counts γ^k, so that R is 20 at most
 ACTOR_LR = .001         # learning rate of the actor's Adam
 CRITIC_LR = .01         # of the critic's: larger, because the actor needs a critic that keeps up
 ENTROPY = .01           # coefficient of the entropy, which keeps the policy from settling too early
@@ -199,8 +199,9 @@ class A3C:
         Not in the post. Adam changes the variables of a Keras model in place, one after the other,
         while other threads go on acting without the lock. If they read these variables, they could
         find a new kernel beside an old bias. So they act by the lists instead. A list is never
-        changed, but replaced by another one in a single assignment. A thread that acts at this
-        moment finds the old list or the new one, each complete; the old one is one update old.
+        changed, but replaced by another one in a single assignment. A thread that acts in the same
+        moment finds the old list or the new one, each complete. With the old one it acts as it
+        would have done just before the update, and that does no harm.
 
         Raises FloatingPointError, and keeps the old lists, if a weight is not finite.
         """
