@@ -3,9 +3,14 @@
 A3C is Asynchronous Advantage Actor-Critic. Eight threads each play a CartPole of their own, with a
 copy θ' of one shared network θ. Every few steps a thread computes how the weights should change (a
 gradient) and hands this gradient to the parameter server, which changes θ. Then the thread copies
-θ again and plays on. No thread waits for the steps of another.
+θ again and plays on. No thread waits until another has played its steps.
 
-    python a3c_cartpole.py      # learns within seconds; films and pictures are then in movie/A3C
+    python a3c_cartpole.py      # learns in some ten seconds; look at movie/A3C/three_as.png then
+
+Why several threads? The steps of one game resemble each other, and a network that learns from them
+alone may go astray. DQN mixes old steps from a replay memory. A3C mixes the fresh steps of several
+games instead, so it needs no such memory, and as the steps of a game stay in order it could use an
+LSTM. In Python the threads bring variety, not speed: the interpreter runs one of them at a time.
 
 This is the program of an article by Sugulu (2017),
 「実装しながら学ぶA3C【CartPoleで棒立て:1ファイルで完結】」
@@ -15,34 +20,39 @@ article's complete listing; its text explains them in the order main, WorkerThre
 Agent, ParameterServer, LocalBrain. All of A3C stands above the line "Not needed to understand A3C".
 
 To understand     read
-Advantage         Agent.advantage_push_local_brain, then LocalBrain.gradient
-Actor-Critic      ParameterServer._build_model, then LocalBrain.loss_total
-Asynchronous      Environment.run, then LocalBrain.update_parameter_server, and
-                  ParameterServer.apply_gradient. The numbers 1. to 9. in comments are those of the
-                  article's list in 「Asynchronous」.
+Advantage         the constants of Advantage, Agent.advantage_push_local_brain, LocalBrain.gradient
+Actor-Critic      ParameterServer._build_model, Agent.act, LocalBrain.loss_total
+Asynchronous      Environment.run, LocalBrain.update_parameter_server,
+                  ParameterServer.apply_gradient; and learn, where the threads start. The numbers
+                  1. to 9. in comments are those of the article's list in 「Asynchronous」.
+At first, skip pack, unpack, model and _build_graph.
 
 To change         touch                               and mind that
 the network       HIDDEN, _build_model, predict_p     the two must agree; the program checks it
-the reward        Environment.reward                  V should stay near -1 to 1
-n                 N_STEP_RETURN                       above 6 some updates are skipped (MIN_BATCH)
-the optimizer     apply_gradient                      make new arrays, never change one by -=
+the reward        Environment.reward                  LEARNING_RATE and LOSS_V suit a V from -1 to 1
+n                 N_STEP_RETURN                       with n other than 5 or 6, see MIN_BATCH
+the threads       --workers                           it is more variety, not more speed
+the optimizer     apply_gradient, mean_square         make new arrays, never change one by -=
 the stop rule     Environment.finish_episode          it also decides what is handed over
 
 What differs from the article, and is needed to read the code:
 - All weights of the network are one vector. One Keras model gives the structure of the network; a
   thread's copy is only such a vector, where the article has a Keras model for each thread.
-- tf.GradientTape replaces tf.gradients. RMSProp is written out, with TensorFlow 1's numbers.
+- tf.GradientTape replaces tf.gradients. RMSProp is written out, with TensorFlow 1's numbers, and
+  done under a lock, which neither article nor paper has: so no update is lost.
 - The n rewards are summed directly, where the article corrects the sum of the step before.
 - Threads compute p in NumPy, which is faster for a single state than Keras.
 - Batches are filled up to one size, because TensorFlow compiles for one size.
 What the article has wrong:
-- Its sum is wrong in episodes of fewer than n steps. `lambda: worker.run()` may start one worker
-  twice. `is 'test'` compares identities, not texts. Its text prints γ·r(t) where γ·r(t+1) is meant,
-  calls the drawn action the best one (最適行動), and `frames`, which counts steps, trials (試行数).
+- Its sum is too small at the end of an episode of fewer than n steps. `lambda: worker.run()` may
+  start one worker twice. `is 'test'` compares identities, not texts.
+- Its text prints γ·r(t) where γ·r(t+1) is meant, and calls the drawn action the best one
+  (最適行動). A comment calls `frames` the number of trials (試行数), but it counts steps. Against a
+  large n it says that Q is still wrong; but with a large n, R hardly uses it.
 What is added for convenience:
 - The program ends by itself. The winner hands over the mean of ten θ', not its last θ'. The test
   takes the most probable action, lasts ten episodes, and runs in the main thread. Weights, history
-  and pictures are saved. With --seed a run can be repeated.
+  and pictures are saved. With --seed the threads take turns, so that a run can be repeated.
 
 Symbols: θ all weights of the shared network, never the angle of the pole; θ' a thread's copy. V(s)
 the value of the state s. R_n the discounted sum of n rewards; R the same with γⁿ·V(s') added. s' is
@@ -84,7 +94,7 @@ from rich.table import Table
 # -- constants of Game
 ENV = "CartPole-v0"
 NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
-NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right (the article names 1 first)
+NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right (article: right, left)
 NONE_STATE = np.zeros(NUM_STATES)       # stands for s' when the episode has ended
 ONE_HOT = np.eye(NUM_ACTIONS)           # row a stands for action a
 
@@ -97,15 +107,16 @@ LEARNING_RATE = 5e-3
 RMSPROP_DECAY = .99     # how much of its mean of squared gradients RMSProp keeps at each update
 
 # -- constants of Advantage, the Bellman equation
-# V(s) is the discounted sum of all rewards that come after the state s (割引総報酬). The network
-# learns it by moving V(s) towards a better estimate, R, the n-step return:
-#   n = 1:  R = r(t) + γ·V(s(t+1))                      as in Q-learning, with V in place of max Q
+# V(s) is the discounted sum of the rewards after the state s (割引総報酬), on average over what may
+# happen if actions are drawn from the present p. The network learns V by moving V(s) towards R, a
+# better estimate, the n-step return:
+#   n = 1:  R = r(t) + γ·V(s(t+1))                  as in Q-learning, which has max Q in place of V
 #   n = 2:  R = r(t) + γ·r(t+1) + γ²·V(s(t+2))
-# At the end of an episode no V follows, so there R is exact. The end teaches first, and each update
-# carries what is known there up to n steps back. With n = 1 this is slow, and R relies on a V that
-# is still wrong. With n = 50, R depends too much on chance (分散), on 50 actions drawn at random.
+# At the end of an episode no V follows, so there R is exact. V becomes right near the end first,
+# and each update carries this up to n steps back. With n = 1 this is slow, and R relies on a V that
+# is still wrong. With n = 50, R depends on chance (分散), on 50 actions drawn at random.
 # The article calls it "Advantage" to look n steps ahead. The variable `advantage` is the article's
-# A(t) = R - V(s).
+# A(t) = R - V(s): how much better it went than expected.
 GAMMA = .99             # γ: a reward k steps ahead counts γ^k
 N_STEP_RETURN = 5       # n
 GAMMA_N = GAMMA ** N_STEP_RETURN
@@ -114,11 +125,11 @@ GAMMA_N = GAMMA ** N_STEP_RETURN
 N_WORKERS = 8           # learning threads
 T_MAX = 10              # the article's Tmax: steps that a thread plays between two updates
 
-# -- constants of ε-greedy (ε-greedy法), which the article adds to A3C: at first some actions are
-# drawn at random
+# -- constants of ε-greedy (ε-greedy法), which the article adds to A3C: with probability ε an action
+# is random, whatever p says
 EPS_START = .5
 EPS_END = 0.
-EPS_STEPS = 200 * N_WORKERS     # over this many steps of all N_WORKERS threads together, ε falls
+EPS_STEPS = 200 * N_WORKERS     # over this many steps of N_WORKERS threads together, ε falls
 
 
 class ParameterServer:
@@ -128,8 +139,8 @@ class ParameterServer:
     and no other computer. It is an object in memory, and each worker runs its methods in its own
     thread.
 
-    Each update makes a new array θ and never changes the old one (上書きしない). So a thread may
-    keep the array that it has read as its copy θ', and needs no lock to read the new one.
+    Each update makes a new array θ and never changes the old one (上書きしない). So a thread that
+    reads θ at the same moment gets either the old weights or the new ones, never a mixture.
     """
 
     def __init__(self, env=ENV, seed=None, max_episodes=20_000, n_workers=N_WORKERS):
@@ -143,13 +154,13 @@ class ParameterServer:
         self.update_lock = threading.Lock()
         self.updates = 0                                # how often θ has changed
         self.frames = 0                                 # steps of all learning threads; paper: T
+        self.eps_steps = EPS_STEPS * n_workers / N_WORKERS      # ε falls in 200 steps a thread
         self.is_learned = False
-
-        # Not in the article: for --seed, ε, the display and one of the pictures.
-        self.seed = seed
-        self.eps_steps = EPS_STEPS * n_workers / N_WORKERS      # fewer for fewer threads
-        self.staleness = []                             # of each update: see apply_gradient
+        # The history of episodes, their limit of steps, and `stop`, a flag that all threads see:
+        # learning is over.
         self.progress = Progress(env, max_episodes)
+        self.seed = seed                                # not in the article, as is the next line
+        self.staleness = []                             # of each update: see apply_gradient
 
     @staticmethod
     def _build_model(seed):
@@ -177,13 +188,13 @@ class ParameterServer:
         """Join kernels and biases into one vector (W,)."""
         return np.concatenate([weight.ravel() for weight in weights])
 
-    def unpack(self, theta, reshape=np.ndarray.reshape):
-        """Cut a vector (W,) into kernels and biases. For a tensor pass tf.reshape."""
+    def unpack(self, theta):
+        """Cut a vector (W,) into kernels and biases."""
         weights = []
         start = 0
         for shape in self.shapes:
             end = start + math.prod(shape)
-            weights.append(reshape(theta[start:end], shape))
+            weights.append(theta[start:end].reshape(shape))
             start = end
         return weights
 
@@ -203,15 +214,16 @@ class ParameterServer:
             if not np.isfinite(gradient).all():
                 raise FloatingPointError(f"the gradient is not finite after {self.frames} steps")
 
-            # 8. The server changes θ. RMSProp divides each gradient by its usual size, so that all
-            #    weights take steps of about the same size. This makes new arrays. With -= the θ' of
-            #    every thread would change as well.
+            # 8. The server changes θ. RMSProp divides the gradient of each weight by its usual
+            #    size, so that all weights take steps of about the same size. This makes new arrays;
+            #    with -= a θ' that is the same array would change as well.
             self.mean_square = (RMSPROP_DECAY * self.mean_square
                                 + (1 - RMSPROP_DECAY) * gradient ** 2)
             self.theta = self.theta - LEARNING_RATE * gradient / np.sqrt(self.mean_square + 1e-10)
 
-            # Not in the article, for a picture: while this thread played and computed, others may
-            # have changed θ. So its gradient belongs to weights that are a little old.
+            # Not in the article, for a picture: how often have other threads changed θ since this
+            # thread copied it? Mostly not at all, now and then a hundred times. The gradient, which
+            # belongs to the old θ, is used all the same. This is what asynchronous means.
             self.staleness.append(self.updates - updates_at_pull)
             self.updates += 1
 
@@ -265,7 +277,9 @@ class LocalBrain:
     @staticmethod
     def network(parameter_server, theta, s):
         """p (B, 2) and V (B, 1) in the states s (B, 4), with the weights θ (W,), by TensorFlow."""
-        weights = parameter_server.unpack(theta, tf.reshape)
+        shapes = parameter_server.shapes
+        parts = tf.split(theta, [math.prod(shape) for shape in shapes])
+        weights = [tf.reshape(part, shape) for part, shape in zip(parts, shapes)]
         outputs, _ = parameter_server.keras_model.stateless_call(weights, [], s)
         return outputs
 
@@ -273,18 +287,19 @@ class LocalBrain:
     def gradient(parameter_server, theta, batch):
         """Compute the gradient (W,) of the mean loss at the weights θ' (W,), over a batch (B, 13).
 
-        Article: _build_graph and update_parameter_server. Paper: Algorithm S3.
+        Article: _build_graph and update_parameter_server. Paper: Algorithm S3, where each step
+        looks ahead to the last step of its batch, and the loss is a sum.
         """
         s, a, R_n, s_, s_mask, is_sample = tf.split(batch, LocalBrain.COLUMNS, axis=1)
 
         # R = r(t) + γ·r(t+1) + … + γⁿ·V(s'). The agent has summed the n rewards, R_n. V(s') stands
-        # for all later ones, of which there are none if s' is the end: there s_mask is 0. (There
-        # the sum may have fewer than n rewards, too. So γⁿ is never wrong.)
+        # for all later ones, of which there are none if s' is the end: there s_mask is 0. Only
+        # there can the sum have fewer than n rewards, so γⁿ is right wherever it counts.
         _, v_ = LocalBrain.network(parameter_server, theta, s_)
         R = R_n + GAMMA_N * v_ * s_mask
 
         # The tape records what is computed inside `with`, to find the gradient of it. R is computed
-        # outside, so it is a constant.
+        # outside, so it is a constant, as DQN's target is.
         with tf.GradientTape() as tape:
             tape.watch(theta)
             p, v = LocalBrain.network(parameter_server, theta, s)
@@ -302,9 +317,11 @@ class LocalBrain:
         advantage = R - v       # how much better it went than the critic expected
 
         # The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage.
-        # So actions with a positive advantage become more likely, others less likely. An optimizer
-        # makes a loss small, hence the minus. The advantage depends on the weights through V, but
-        # must be taken as a constant here (定数として扱う).
+        # Say p(right) = 0.6, the action was right, and the critic expected V = 0.1. If R = -0.9,
+        # the advantage is -1, so right becomes less likely here. If R = 0.4, the advantage is 0.3,
+        # and right becomes a little more likely. An optimizer makes a loss small, hence the minus. The
+        # advantage is a constant here (定数として扱う). Otherwise the actor's loss could become
+        # small by making V wrong.
         loss_policy = -log_prob * tf.stop_gradient(advantage)
 
         # The critic: move V(s) towards R.
@@ -328,8 +345,9 @@ class LocalBrain:
     def update_parameter_server(self):
         """Turn the queued samples into a gradient, and hand it to the server.
 
-        With fewer than MIN_BATCH samples nothing happens, and they stay in the queue. This occurs
-        in episodes of fewer than 5 steps, and often if n is above T_MAX - MIN_BATCH + 1.
+        With fewer than MIN_BATCH samples nothing happens, and they wait in the queue for the next
+        update. With n = 5 or 6 there are always enough. With a smaller n there may be too few at
+        the end of an episode, with a larger n at its beginning.
         """
         if len(self.train_queue) < MIN_BATCH:
             return
@@ -346,7 +364,7 @@ class LocalBrain:
     def predict_p(self, s):
         """The probability of each action (B, 2) in the states s (B, 4).
 
-        In NumPy, because for a single state this is 100 times as fast as asking Keras.
+        In NumPy, because for a single state this is 100 times as fast as calling the Keras model.
         """
         hidden_kernel, hidden_bias, policy_kernel, policy_bias, _, _ = \
             self.parameter_server.unpack(self.theta)            # the last two are the critic's
@@ -384,8 +402,8 @@ class Agent:
     def act(self, s, greedy=False):
         """Choose an action in the state s (4,): any with probability ε, or else drawn from p.
 
-        Not the best action, as in Q-learning: drawing from p explores by itself. `greedy` is for
-        the test and not in the article: always the most probable action.
+        Q-learning takes the best action. Here an action is drawn, so that all are tried. `greedy`
+        is for the test and not in the article: always the most probable action.
         """
         if not greedy and self.rng.random() < self.epsilon():
             return self.rng.randrange(NUM_ACTIONS)
@@ -398,7 +416,8 @@ class Agent:
         """4. Remember a step, and hand the brain the samples whose n rewards are now known.
 
         R_n = r[0] + γ·r[1] + … + γ^(n-1)·r[n-1], to which the brain will add γ^n·V(s').
-        At the end of the episode (終端, s_ is None) the steps that are left have fewer and fewer.
+        At the end of the episode (終端, s_ is None) no more rewards come: the last step has 1, the
+        one before has 2, and so on.
         """
         self.memory.append((s, ONE_HOT[a], r))
         while len(self.memory) == N_STEP_RETURN or (s_ is None and self.memory):
@@ -436,7 +455,7 @@ class Environment:
             s_, _, terminated, truncated, _ = self.env.step(a)          # 3. do it, and get s' and r
             step += 1
             done = terminated or truncated
-            r = self.reward(step, done)                                 #    (not the r of gym)
+            r = self.reward(s_, step, done)                             #    (not the r of gym)
             if is_learning:
                 server.count_step()
                 agent.advantage_push_local_brain(                       # 4. remember it
@@ -444,8 +463,8 @@ class Environment:
                 if done or step % T_MAX == 0:                           # 5. T_MAX steps, or the end
                     agent.brain.update_parameter_server()               # 6. 7. 8. gradient → θ
                     agent.brain.pull_parameter_server()                 # 9. θ' ← θ, as in 1.
-                    # Not in the article: with --seed, let the others have their turn. Leave the
-                    # episode if learning is over.
+                    # Not in the article: do not finish an episode after learning is over. (With
+                    # --seed, other threads have their turn first.)
                     if not server.progress.may_go_on(self.name):
                         return step
             s = s_
@@ -453,17 +472,18 @@ class Environment:
             self.finish_episode(step)
         return step
 
-    def reward(self, step, done):
-        """The article's reward after so many steps, instead of gym's 1 for every step.
+    def reward(self, s_, step, done):
+        """The article's reward for the step that led to the state s_, instead of gym's 1 each time.
 
         It is 0 until the episode ends, so a sum of n rewards is 0 except near the end, and a good V
         lies between -1 and 1. As in the article, the time limit counts as an end like any other.
+        `s_` is not used; it is there for rewards of your own.
         """
         if not done:
             return 0
         if step < self.parameter_server.progress.limit - 1:
             return -1       # the pole has fallen, or the cart has left the track
-        return 1            # as in the article, also if the pole falls at the last step but one
+        return 1            # as in the article, the last step but one counts as success, too
 
     def finish_episode(self, step):
         """Count the episode, and hand the weights over if the last 10 meet the stop rule."""
@@ -478,7 +498,7 @@ class Environment:
             self.name, self.count_trial_each_thread, step, mean, server.frames, meets_rule)
         if meets_rule and is_counted:
             # Not in the article: hand over the mean of the weights after each of the ten episodes.
-            # In tests it has always kept the pole up, which the last of them alone has not.
+            # It keeps the pole up more reliably than the last weights alone.
             brain.theta = np.mean(self.thetas, axis=0)
             brain.push_parameter_server()
 
@@ -522,8 +542,7 @@ def main(argv=None):
         if not server.is_learned:
             return 1
 
-    # M3. The threads have ended. The test runs in this thread, because macOS opens windows in no
-    # other one.
+    # M3. The test runs in this thread, because macOS opens windows in no other one.
     test.environment.env = film(test.environment.env, args.out, "A3C", args.render)
     with contextlib.closing(test.environment.env):
         test.run(args.test_episodes)
@@ -531,17 +550,20 @@ def main(argv=None):
 
 
 def learn(server, workers, args):
-    """M2. Run the workers' threads until learning is over, and keep what came of it."""
-    if server.seed is not None:
-        server.progress.turns.start([worker.name for worker in workers])
+    """M2. Let each worker run in a thread until learning is over, and keep the results."""
+    progress = server.progress
+    progress.start([worker.name for worker in workers], in_turns=args.seed is not None)
+    # `guard` lets an error in one thread end learning for all of them.
+    threads = [threading.Thread(target=guard(worker.run, progress), name=worker.name, daemon=True)
+               for worker in workers]
     try:
-        run_threads({worker.name: worker.run for worker in workers}, server.progress, args.log)
+        for thread in threads:
+            thread.start()          # from here on worker.run goes on by itself, beside the others
+        share_one_core(threads)
+        progress.watch(args.log)    # shows the episodes until learning is over
     finally:
-        with no_interruption():
-            keep({"A3C": server.model}, server.progress, server.is_learned, server.frames,
-                 f"A3C, {args.env}, {len(workers)} threads", args.out)
-            if server.updates:
-                draw_three_as(server, args.out / "three_as.png")
+        end_threads(threads, progress)
+        keep_results(server, args)
 
 
 # == Not needed to understand A3C: options, progress, files, pictures ==============================
@@ -638,6 +660,13 @@ class Progress:
         self.workers = 0                    # learning threads
         self.started = time.perf_counter()
 
+    def start(self, names, in_turns=False):
+        """Start the clock, and let the threads with these names take turns if they shall."""
+        self.workers = len(names)
+        self.started = time.perf_counter()
+        if in_turns:
+            self.turns.start(names)
+
     def finish_episode(self, name, trial, step, mean, frames, is_last):
         """Record an episode, which may be the last one. Return False if learning was over."""
         with self.lock:
@@ -715,12 +744,26 @@ class Turns:
 
 
 def run_threads(jobs, progress, log):
-    """Run {name: function} in threads until learning is over, and show the progress meanwhile.
+    """Run {name: function} in threads until learning is over, and show the progress meanwhile."""
+    progress.start(list(jobs))
+    threads = [threading.Thread(target=guard(job, progress), name=name, daemon=True)
+               for name, job in jobs.items()]
+    try:
+        for thread in threads:
+            thread.start()
+        share_one_core(threads)
+        progress.watch(log)
+    finally:
+        end_threads(threads, progress)
 
-    An error in one thread ends learning for all of them, and Python prints it. A thread that does
-    not end within two seconds is left alone; it cannot keep the program from ending.
+
+def guard(job, progress):
+    """Make a thread's function of `job`: an error in it ends learning for all threads.
+
+    Python prints the error and the thread's name, but only for the first thread that fails.
     """
-    def work(name, job):
+    def guarded():
+        name = threading.current_thread().name
         progress.turns.wait(name)
         try:
             job()
@@ -730,26 +773,23 @@ def run_threads(jobs, progress, log):
                 if is_first:
                     progress.failed = name
             if is_first:
-                raise       # Python prints the error and the thread's name
+                raise
         finally:
             progress.stop.set()
             progress.turns.pass_on(name)
+    return guarded
 
-    threads = [threading.Thread(target=work, args=item, name=item[0], daemon=True)
-               for item in jobs.items()]
-    progress.workers = len(jobs)
-    progress.started = time.perf_counter()
-    try:
-        for thread in threads:
-            thread.start()
-        share_one_core(threads)
-        progress.watch(log)
-    finally:
-        progress.stop.set()
-        deadline = time.perf_counter() + 2
-        for thread in threads:
-            if thread.is_alive():
-                thread.join(max(0, deadline - time.perf_counter()))
+
+def end_threads(threads, progress):
+    """End learning, and wait for the threads: two seconds at most, then they are left alone.
+
+    They are daemon threads, which cannot keep the program from ending.
+    """
+    progress.stop.set()
+    deadline = time.perf_counter() + 2
+    for thread in threads:
+        if thread.is_alive():
+            thread.join(max(0, deadline - time.perf_counter()))
 
 
 def share_one_core(threads):
@@ -774,6 +814,16 @@ def no_interruption():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def keep_results(server, args):
+    """Save what the threads have learned, draw the pictures, and say how it went."""
+    with no_interruption():
+        title = f"A3C, {args.env}, {server.progress.workers} threads"
+        keep({"A3C": server.model}, server.progress, server.is_learned, server.frames, title,
+             args.out)
+        if server.updates:
+            draw_three_as(server, args.out / "three_as.png")
 
 
 def keep(models, progress, is_learned, steps, title, out):
@@ -829,15 +879,18 @@ def load_weights(model, path):
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
 
 
 def draw_learning_curve(history, path, limit, title):
     """Draw each episode, and each thread's mean of its last 10, over the steps of all threads."""
     from matplotlib.figure import Figure  # here, because it takes half a second
     axes = Figure(figsize=(8, 5), layout="constrained").add_subplot()
-    axes.plot([e.total_steps for e in history], [e.steps for e in history], ".", color="0.75",
-              markersize=3, label="an episode")
+    axes.plot([e.total_steps for e in history], [e.steps for e in history], ".", color="0.7",
+              markersize=3 if len(history) > 200 else 7, label="an episode")
     axes.axhline(limit - 1, color="black", linestyle="--", linewidth=1,
                  label=f"learned above {limit - 1}")
     # Before a thread's tenth episode its mean still contains zeros.
@@ -858,9 +911,12 @@ def draw_learning_curve(history, path, limit, title):
     if winner:
         draw_curve(axes, curves[winner], f"{winner}, which has learned" if several else label,
                    color=ORANGE, linewidth=2.5)
-    axes.set(title=title, xlim=(0, None), xlabel="steps of all threads" if several else "steps",
+    if not curves:
+        axes.text(.5, .5, "no mean yet: no thread has played ten episodes", ha="center",
+                  transform=axes.transAxes)
+    axes.set(title=title, xlim=(0, None), xlabel="steps of all threads together",
              ylim=(0, 1.05 * limit), ylabel="steps of an episode")
-    axes.legend(loc="upper left" if len(history) < 10 else "best", fontsize="small")
+    axes.legend(fontsize="small")
     axes.figure.savefig(path)
 
 
@@ -874,10 +930,10 @@ def draw_three_as(server, path):
     """Draw Advantage, Actor, Critic and Asynchronous, each from the run that has just ended."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 8), layout="constrained")
-    (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
-    draw_advantage(server, top_left)
-    draw_actor_and_critic(server, top_right, bottom_left)
-    draw_staleness(server, bottom_right)
+    panels = figure.subplots(2, 2)
+    draw_advantage(server, panels[0, 0])
+    draw_actor_and_critic(server, panels[0, 1], panels[1, 0])
+    draw_staleness(server, panels[1, 1])
     figure.savefig(path)
 
 
@@ -897,7 +953,7 @@ def draw_advantage(server, axes, learned_steps=30):
         s_, _, terminated, truncated, _ = environment.env.step(a)
         step += 1
         done = terminated or truncated
-        r = environment.reward(step, done)
+        r = environment.reward(s_, step, done)
         agent.advantage_push_local_brain(s, a, r, None if done else s_)
         s = s_
     environment.env.close()
@@ -940,12 +996,17 @@ def draw_actor_and_critic(server, actor, critic):
 
 
 def draw_staleness(server, axes):
-    """Draw how often a gradient was how many updates old."""
-    counts = np.bincount(server.staleness)
-    axes.bar(range(len(counts)), counts / counts.sum(), color=PURPLE, width=1)
-    axes.set(title="Asynchronous: how old were the weights?", yscale="log",
+    """Draw which fraction of the gradients was how many updates old."""
+    oldest = max(server.staleness)
+    fresh = server.staleness.count(0) / len(server.staleness)
+    bins = np.linspace(-.5, max(oldest, 7) + .5, min(60, max(oldest, 7) + 2))
+    weights = np.full(len(server.staleness), 1 / len(server.staleness))
+    axes.hist(server.staleness, bins, weights=weights, color=PURPLE)
+    axes.set(title="Asynchronous: how old were the weights?", yscale="log", ylim=(None, 2),
              xlabel="updates by other threads between pull and update",
-             ylabel="fraction of all updates", xlim=(-1, max(8, len(counts))))
+             ylabel="fraction of all updates")
+    axes.text(.97, .95, f"{fresh:.0%}: none, the gradient was fresh\nthe oldest: {oldest}",
+              ha="right", va="top", transform=axes.transAxes)
 
 
 def film(env, folder, name, in_window):
