@@ -22,9 +22,10 @@ What differs from the post, and is needed to read the code:
 - To play, the network is computed in NumPy, which is faster for a single state than Keras.
 What the post has wrong:
 - Its value loss compares each value with the returns of all steps (see Agent.losses).
-- It makes the entropy small where the paper makes it large (see Agent.losses).
-- What it calls the KL divergence has the opposite sign of one, as the post half says. This rule is
-  kept, under another name (see Agent.losses; README.md tells what the sign does).
+- It makes the entropy small where the paper makes it large (see Agent.iterate).
+- What its code calls the KL divergence (its text says that strictly it is none) has the opposite
+  sign of an estimate of it. The rule is kept, but not the name (see Agent.losses). README.md tells
+  what the sign does.
 - Its text prints γ^i where γ^(i - t) is meant, and a reward of 0 for a fall, which is -1 in its
   code. Here both are as in its code.
 What is added for convenience:
@@ -72,13 +73,13 @@ TRAIN_ITERS = 80        # the most iterations that learn from one episode
 CLIP_RATIO = .2         # ε of the paper: a ratio outside 0.8 to 1.2 is clipped
 V_LOSS_C = .9           # coefficient of the value loss
 ENT_C = 1e-3            # coefficient of the entropy, which keeps the policy from settling too early
-TARGET_KL = .01         # iterations end above 1.5 times this, see Agent.iterate
+TARGET_KL = .01         # the post's name; iterations end above 1.5 times this, see Agent.iterate
 
 
 class PVNet(keras.Model):
     """The network: s (T, 4) → π of each action (T, 2) and V(s) (T, 1). Post: 「学習モデル」.
 
-    Policy and value share two layers and then branch. Agent.predict computes the same network in
+    Policy and value share two layers and then branch. Agent.predict writes the same network out in
     NumPy: change both together.
     """
 
@@ -193,7 +194,8 @@ class Agent:
     def predict(self, state):
         """Compute π of each action (2,) and V(s), a number, for one state (4,), without dropout.
 
-        In NumPy, because for a single state this is 100 times as fast as asking Keras.
+        In NumPy, because for a single state this is 100 times as fast as asking Keras. PVNet builds
+        the same network: change both together.
         """
         (kernel_1, bias_1, kernel_2, bias_2,
          policy_kernel, policy_bias, value_kernel, value_bias) = self.weights
@@ -265,12 +267,12 @@ class Agent:
 
         pi (T, 2), value (T, 1), all others (T,).
         """
+        # The ratio π(a|s) / π_old(a|s): how probable an action is now, relative to when it was
+        # played. Dropout is on here and was off then, so the ratio is not 1 even before the first
+        # step of Adam.
         pi_of_action = tf.reduce_sum(pi * tf.one_hot(action, NUM_ACTIONS), axis=1)      # (T,)
         log_ratio = tf.math.log(pi_of_action + 1e-10) - old_log_pi                      # (T,)
-
-        # How probable an action is now, relative to when it was played. Dropout is on here and was
-        # off then, so the ratio is not 1 even before the first step of Adam.
-        ratio = tf.exp(log_ratio)                                   # π(a|s) / π_old(a|s)
+        ratio = tf.exp(log_ratio)                                                       # (T,)
 
         # The policy loss (the paper's equation 7). ratio·advantage grows when good actions become
         # more probable and bad ones less. Once the ratio has left the range from 1 - ε to 1 + ε in
@@ -287,8 +289,8 @@ class Agent:
         # The entropy is large while the policy hesitates between the actions.
         entropy = tf.reduce_mean(-tf.reduce_sum(pi * tf.math.log(pi + 1e-10), axis=1))
 
-        # The post calls this mean `kl`. But the mean of log(π_old/π), with the opposite sign, would
-        # be an estimate of the Kullback-Leibler divergence of the new policy from the old one.
+        # The post calls this mean `kl`. But it is minus this mean that estimates the
+        # Kullback-Leibler divergence KL(π_old, π), a measure of how far two policies are apart.
         mean_log_ratio = tf.reduce_mean(log_ratio)
         return pi_loss, v_loss, entropy, mean_log_ratio
 
@@ -340,8 +342,8 @@ def learning_loop(agent, progress):
         # 3. Learn from it, then forget it: the next episode is played by another policy.
         agent.update(memory.get_batch())
 
-        # Not in the post: end if the last ten episodes meet the main file's rule. Then keep the
-        # mean of the weights that have played them, because it stands longer than the last ones.
+        # Not in the post: end if the last ten episodes meet the main file's rule. Each of them was
+        # played with other weights. As in the main file, the mean of these ten is kept.
         total_steps += step
         last_steps.append(step)
         mean = np.mean(last_steps)
@@ -376,7 +378,10 @@ def main(argv=None):
 
 
 def learn(agent, args):
-    """Run the learning loop in a thread of its own, and keep what came of it."""
+    """Run the learning loop, and keep what came of it. Return whether it has learned.
+
+    It runs in a thread, so that this thread can show the progress and take Ctrl-C.
+    """
     progress = base.Progress(ENV, args.max_episodes)
     is_learned = False
     steps = 0
