@@ -23,11 +23,12 @@ What differs from the post, and is needed to read the code:
   post keeps what it computed while playing, and goes back through it.
 - The policy loss is written out with log p. PyTorch had `reinforce` for it, and has it no more.
 What the post has wrong:
-- Its mean square of RMSProp is made by each process for itself, so it is not shared. (Its author
-  corrected this a month later.)
+- In its repository each process makes the mean square of RMSProp for itself, so it is not shared.
+  (Its author corrected this a month later.)
 - All its processes draw the same random numbers, because they are copies of one that was seeded.
 - Its learning rate becomes negative if a process comes late, after the last step.
-- `--gamma` and the variable `step` have no effect. They are left out.
+- `--gamma`, the variable `step` and the list `observations` have no effect there. Here the list
+  holds the states in which the actions were chosen, and the gradient is computed from them.
 What is added for convenience:
 - Learning ends by the main file's rule, with the mean of ten θ'. An error in one process ends it,
   too. The test takes the most probable action, and belongs to the same run.
@@ -66,7 +67,8 @@ if sys.platform == "linux":
     # What it imports: this file (if it is run by its path) and, with the main file, TensorFlow.
     forkserver.set_forkserver_preload(["__main__", "a3c_cartpole"])
     if __name__ == "__main__":
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it inherits this: no Ctrl-C
+        # It inherits that Ctrl-C is ignored. Only this process shall obey it.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         forkserver.ensure_running()
         signal.signal(signal.SIGINT, handler)
 else:
@@ -168,7 +170,7 @@ class AsyncRMSprop:
 
     def __init__(self, global_theta, mean_square, eps):
         self.global_theta = global_theta    # θ (W,)
-        self.mean_square = mean_square      # running mean of squared gradients (W,), from 0
+        self.mean_square = mean_square      # mean of squared gradients (W,), shared, too; from 0
         self.eps = eps
 
     def step(self, lr, gradient):
@@ -183,9 +185,9 @@ class AsyncRMSprop:
 
 
 class StackEnv:
-    """Shows the last few frames as one observation, so that the network sees movement.
+    """Shows the last few frames as one observation. Post's repository: `StackEnv`.
 
-    Post's repository: `StackEnv`.
+    In other games this lets the network see movement. (CartPole's frames tell it the velocities.)
     """
 
     def __init__(self, env, frame_num):
@@ -271,11 +273,11 @@ def train(rank, global_theta, local_policy, optimizer, env, global_t, report, ar
 
 
 def normalise(returns, eps):
-    """Give the returns (T,) of a rollout a mean of 0 and a standard deviation of 1. A single one
-    stays as it is.
+    """Give the returns (T,) of a rollout a mean of 0 and a standard deviation of 1.
 
-    So V learns normalised returns. V(s'), with which a return begins, is normalised as well, but
-    the rewards that are added to it are not. This is the post's rule, and it learns.
+    So V learns what is above or below the average of a rollout. Then V(s'), with which R begins, is
+    on another scale than the rewards that are added to it. This is the post's rule. It learns, but
+    so does a program without it.
     """
     if len(returns) == 1:
         return returns
@@ -354,29 +356,35 @@ def learn(policy, args):
     mean_square = share_memory(np.zeros_like(policy.theta))
     global_t = share_memory(np.zeros(1, np.int64))
     progress = base.Progress(ENV, max_episodes=math.inf)
-    workers = []
+    workers = {}
     is_learned = False
     try:
         with base.no_interruption():        # new processes inherit it, and are not interrupted
             for rank in range(args.num_process):
-                workers.append(Worker(rank, theta, mean_square, global_t, policy, progress, args))
+                name = f"process_{rank}"
+                workers[name] = Worker(name, rank, theta, mean_square, global_t, policy, progress,
+                                       args)
 
-        # Wait until the first process has played an episode, or has failed. The clock of the
-        # summary starts after that.
-        connection.wait([worker.messages for worker in workers])
-        base.run_threads({worker.name: worker.follow for worker in workers}, progress, args.log)
-
-        # Only the episode that meets the rule can be the last one with such a mean.
-        last = progress.history[-1] if progress.history else None
-        is_learned = last is not None and last.mean_of_last_10 > LIMIT - 1
+        # Wait until the first process has played an episode, or has failed. Only then does the
+        # clock of the summary start, because until then nothing has been learned.
+        connection.wait([worker.messages for worker in workers.values()])
+        base.run_threads({name: worker.follow for name, worker in workers.items()}, progress,
+                         args.log)
     finally:
         with base.no_interruption():
-            for worker in workers:
-                worker.process.kill()       # there is nothing that it would have to put in order
-            for worker in workers:
+            for worker in workers.values():
+                worker.process.kill()       # it has no files and no locks to put in order
+            for worker in workers.values():
                 worker.process.join()
-                if worker.name == (last.thread if is_learned else "process_0"):
-                    policy.sync(worker.kept)
+
+            # The first episode that meets the rule is the last of the history. Its process hands
+            # over the weights. If there is none, process 0 does, as in the post.
+            keeper = "process_0"
+            if progress.history and progress.history[-1].mean_of_last_10 > LIMIT - 1:
+                is_learned = True
+                keeper = progress.history[-1].thread
+            if keeper in workers:
+                policy.sync(workers[keeper].kept)
             policy.model.set_weights(policy.weights)
             base.keep({NAME: policy.model}, progress, is_learned, int(global_t[0]),
                       f"A3C on {ENV}, {args.num_process} processes", args.out)
@@ -391,10 +399,10 @@ def main(argv=None):
         policy.sync(policy.pack(base.load_weights(policy.model, args.play)))
     elif not learn(policy, args):
         return 1
-    film = base.film(make_env(render_mode="rgb_array"), args.out, NAME, args.render)
-    with contextlib.closing(film):
+    game = make_env(render_mode="rgb_array")
+    game.reset(seed=args.seed)      # seeds all later resets; before the film begins
+    with contextlib.closing(base.film(game, args.out, NAME, args.render)) as film:
         env = StackEnv(film, args.frame_num)
-        env.seed(args.seed)
         base.play(lambda: play(policy, env), args.test_episodes)
     return 0
 
@@ -489,8 +497,8 @@ class Report:
 class Worker:
     """A process, as its parent sees it."""
 
-    def __init__(self, rank, theta, mean_square, global_t, policy, progress, args):
-        self.name = f"process_{rank}"
+    def __init__(self, name, rank, theta, mean_square, global_t, policy, progress, args):
+        self.name = name
         self.policy = policy
         self.progress = progress
         self.save_all = args.save_mode == "all"
@@ -501,7 +509,7 @@ class Worker:
         self.messages, sender = context.Pipe(duplex=False)
         self.process = context.Process(
             target=run_process, args=(rank, theta, mean_square, global_t, sender, args),
-            name=self.name, daemon=True)
+            name=name, daemon=True)
         self.process.start()
         sender.close()      # now only the process has this end, so its death closes the pipe
 
@@ -513,7 +521,7 @@ class Worker:
             try:
                 message = self.messages.recv()
             except (EOFError, OSError):
-                self.look_at_the_end()
+                self.explain_end()
                 return
             if isinstance(message, str):
                 self.fail(f"failed:\n{message}")
@@ -531,8 +539,8 @@ class Worker:
                 self.policy.model.set_weights(self.policy.unpack(kept, np.reshape))
                 base.save_weights(self.policy.model, self.out / f"{NAME}.{global_t}.weights.h5")
 
-    def look_at_the_end(self):
-        """The process has ended: after the last step of the run, or because it was killed."""
+    def explain_end(self):
+        """Note a failure if the process has ended otherwise than after the last step of the run."""
         self.process.join()
         if self.process.exitcode < 0:
             self.fail(f"was killed by signal {-self.process.exitcode}")

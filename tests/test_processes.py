@@ -1,53 +1,54 @@
-"""A3C in processes: the arithmetic without Ray, then runs that lose processes or find none."""
+"""a3c_processes.py: the arithmetic in this process, then processes that share memory."""
 
-import argparse
 import contextlib
+import csv
+import multiprocessing as mp
 import os
 import re
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
 import types
-import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, frames_of, run_python
+from conftest import ROOT, frames_of, start_python
 
-ray = pytest.importorskip("ray")
-from companions import a3c_processes as processes  # noqa: E402
+import a3c_cartpole as base
+from companions import a3c_processes as processes
 
 FILE = ROOT / "companions" / "a3c_processes.py"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 
-def options(**changed):
-    return argparse.Namespace(**{**dict(
-        seed=7, num_process=2, local_t_max=5, entropy_beta=.01, v_loss_coeff=.5, frame_num=4,
-        lr=7e-4, epoch=1000, episodes=100, save_mode="last"), **changed})
+def options(tmp_path, *arguments):
+    return processes.read_options(["--seed", "7", "--out", str(tmp_path), *arguments])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policy():
+    """A policy with random weights. No test may change it."""
     return processes.Policy(2, 4, 4, seed=7)
-
-
-def worker(**changed):
-    return processes.Worker(0, options(**changed))
 
 
 # -- the arithmetic
 
+
+def test_the_defaults_are_the_posts(tmp_path):
+    args = options(tmp_path)
+    assert (args.num_process, args.local_t_max, args.frame_num) == (8, 50, 4)
+    assert (args.lr, args.eps, args.epoch) == (0.0011, 0.1, 10_000_000)
+    assert (args.entropy_beta, args.v_loss_coeff, args.save_mode) == (0.01, 0.5, "max")
+
+
 def test_first_weights_are_uniform_up_to_one_over_the_root_of_the_inputs(policy):
     for layer in policy.model.layers[1:]:
         kernel, bias = layer.get_weights()
-        bound = len(kernel) ** -.5
+        bound = len(kernel) ** -0.5
         assert np.abs(kernel).max() <= bound and np.abs(bias).max() <= bound
-        assert np.abs(kernel).max() > .95 * bound and bias.any()
+        assert np.abs(kernel).max() > 0.95 * bound and bias.any()
 
 
 def test_forward_equals_the_keras_model(policy):
@@ -59,244 +60,308 @@ def test_forward_equals_the_keras_model(policy):
         np.testing.assert_allclose(v_i, v[i, 0], atol=1e-6)
 
 
-def test_gradient_equals_finite_differences_of_the_loss():
-    w, rng = worker(), np.random.default_rng(2)
-    x, a, R = rng.normal(size=(4, 16)), np.array([0, 1, 1, 0]), np.array([3., -1, 2, .5])
-    weights = [rng.normal(scale=.3, size=k.shape) for k in w.local_policy.weights]
-    held = None                     # R − V of the policy's part, which the gradient does not see
+def test_sync_makes_a_copy_that_later_updates_do_not_change():
+    policy = processes.Policy(2, 4, 1)
+    theta = np.arange(policy.theta.size, dtype=np.float32)
+    policy.sync(theta)
+    theta += 1
+    assert policy.theta[0] == 0 and policy.weights[0][0, 0] == 0
+
+
+def test_gradient_equals_finite_differences_of_the_posts_loss(policy, tmp_path):
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(4, 16))
+    a = np.array([0, 1, 1, 0])
+    R = np.array([3.0, -1, 2, 0.5])
+    weights = [rng.normal(scale=0.3, size=w.shape) for w in policy.weights]
+
+    def forward(weights):
+        twin = types.SimpleNamespace(weights=weights)
+        return map(np.array, zip(*[processes.Policy.forward(twin, row) for row in x]))
+
+    _, v = forward(weights)
+    constant_advantage = R - v
 
     def loss(weights):
-        twin = types.SimpleNamespace(weights=weights)
-        p, v = map(np.array, zip(*[processes.Policy.forward(twin, row) for row in x]))
-        return np.sum(-np.log(p[range(4), a]) * (R - v if held is None else held)
-                      + .5 * .5 * (R - v) ** 2 + .01 * np.sum(p * np.log(p + .01), axis=1))
-    held = R - np.array([processes.Policy.forward(types.SimpleNamespace(weights=weights), row)[1]
-                         for row in x])
-    rows = np.float32([*x, x[0]]), np.float32([*a, -1]), np.float32([*R, 9])   # the last is no step
-    theta = np.float32(np.concatenate([k.ravel() for k in weights]))
-    tensors = map(processes.tf.constant, (theta, *rows))
-    gradient = w.local_policy.unpack(w.compiled(*tensors).numpy())
-    for n, k in enumerate(weights):
-        for i in {tuple(rng.integers(0, k.shape)) for _ in range(8)}:
+        p, v = forward(weights)
+        return np.sum(
+            -np.log(p[range(4), a]) * constant_advantage
+            + 0.5 * 0.5 * (R - v) ** 2
+            + 0.01 * np.sum(p * np.log(p + 0.1), axis=1)
+        )
+
+    compute_gradient = processes.compile_gradient(policy, options(tmp_path))
+    theta = policy.pack(weights).astype(np.float32)
+    tensors = theta, x.astype(np.float32), a.astype(np.int32), R.astype(np.float32)
+    gradient = compute_gradient(*map(processes.tf.constant, tensors)).numpy()
+    for n, gradient_n in enumerate(policy.unpack(gradient, np.reshape)):
+        for i in {tuple(rng.integers(0, gradient_n.shape)) for _ in range(8)}:
             both = []
             for sign in 1, -1:
                 shifted = [array.copy() for array in weights]
                 shifted[n][i] += sign * 1e-5
                 both.append(loss(shifted))
-            assert (both[0] - both[1]) / 2e-5 == pytest.approx(gradient[n][i], rel=1e-3, abs=1e-4)
+            expected = (both[0] - both[1]) / 2e-5
+            assert gradient_n[i] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-def test_returns_by_hand():
-    assert processes.returns([1, 1, 1], 0) == pytest.approx([2.9701, 1.99, 1])
-    assert processes.returns([1, 0], 10) == pytest.approx([1 + .99 ** 2 * 10, 9.9])
-
-
-@pytest.mark.parametrize("before, eta", [(0, 1e-3), (500, .5e-3), (1000, 0), (1300, 0)])
-def test_step_is_the_papers_rmsprop_with_a_rate_that_falls_to_zero(before, eta):
+def test_step_is_rmsprop_from_zero_with_eps_beside_the_root_and_writes_into_the_memory():
     rng = np.random.default_rng(3)
-    theta, first, second = rng.normal(size=(3, 6))
-    server = processes.Server(theta, options(lr=1e-3))
-    server.global_t = before
-    server.step(first)
-    server.step(second)
-    g1 = .01 * first ** 2
-    g2 = .99 * g1 + .01 * second ** 2
-    expected = theta - eta * first / np.sqrt(g1 + .01) - eta * second / np.sqrt(g2 + .01)
-    np.testing.assert_allclose(server.theta, expected, rtol=1e-12)
+    start, first, second = rng.normal(size=(3, 6))
+    theta = start.copy()
+    optimizer = processes.AsyncRMSprop(theta, np.zeros(6), eps=0.1)
+    optimizer.step(1e-2, first)
+    optimizer.step(1e-3, second)
+    g1 = 0.01 * first**2
+    g2 = 0.99 * g1 + 0.01 * second**2
+    expected = start - 1e-2 * first / (np.sqrt(g1) + 0.1) - 1e-3 * second / (np.sqrt(g2) + 0.1)
+    np.testing.assert_allclose(theta, expected, rtol=1e-12)
+
+
+def test_normalised_returns_have_mean_0_and_the_samples_deviation_beside_eps():
+    np.testing.assert_allclose(processes.normalise(np.array([1.0, 2, 3]), 0.5), [-2 / 3, 0, 2 / 3])
+    assert processes.normalise(np.array([4.0]), 0.5) == [4]
 
 
 def test_frames_begin_as_the_first_one_repeated_and_then_move_up():
-    env = processes.make_env(4)
-    first, _ = env.reset(seed=1)
+    env = processes.StackEnv(processes.make_env(), 4)
+    first = env.reset()
     assert first.shape == (16,) and (first.reshape(4, 4) == first[:4]).all()
-    second, *_ = env.step(0)
+    second, reward, done = env.step(0)
     np.testing.assert_array_equal(second[:12], first[4:])
-    assert (second[12:] != first[12:]).any()
+    assert (second[12:] != first[12:]).any() and (reward, done) == (1, False)
 
 
-# -- the server
-
-def test_ten_full_episodes_of_one_worker_end_learning_with_the_mean_of_their_ten_theta():
-    server = processes.Server(np.zeros(3), options(epoch=10**9))
-    server.step = lambda gradient: setattr(server, "theta", gradient)
-    for n in range(10):
-        assert server.update(1, np.full(3, 50.), 5, length=199)[1] is False
-        theta, over = server.update(0, np.full(3, n), 5, length=200)
-        assert over is (n == 9)
-    assert server.learned and (theta == 4.5).all()
-    after, over = server.update(1, np.full(3, 50.), 5, length=200)
-    assert over and (after == 4.5).all() and server.global_t == 100
-    rows = server.report(0)[0]
-    assert rows[-1][:-1] == ("worker_1", 10, 200, 200, 100)
-    assert len(rows) == 20 and server.report(19)[0] == rows[19:]
+# -- the loop of a process
 
 
-@pytest.mark.parametrize("limits", [dict(epoch=20), dict(episodes=2)])
-def test_learning_ends_unlearned_after_its_steps_or_episodes(limits):
-    server = processes.Server(np.zeros(3), options(**limits))
-    ends = [server.update(0, np.ones(3), 10, length=10)[1] for _ in range(2)]
-    assert ends == [False, True] and not server.learned
+class ShortEpisodes:
+    """An environment in which every episode lasts three steps and every reward is 1."""
+
+    def __init__(self):
+        self.step_count = 0
+
+    def seed(self, seed):
+        pass
+
+    def reset(self):
+        self.step_count = 0
+        return np.zeros(16, np.float32)
+
+    def step(self, action):
+        self.step_count += 1
+        return np.full(16, self.step_count, np.float32), 1.0, self.step_count == 3
 
 
-# -- save modes
+class Listener:
+    """Stands in for the optimizer and the report of a process, and notes what it is told."""
 
-@pytest.mark.parametrize("mode, kept", [("last", 3), ("all", 3), ("max", 2)])
-def test_save_mode_max_keeps_the_theta_of_the_best_mean_until_one_has_learned(mode, kept):
-    server = processes.Server(np.ones(3), options(epoch=10**9, save_mode=mode))
-    server.step = lambda gradient: setattr(server, "theta", gradient)
-    for n, rank, length in (1, 0, 20), (2, 1, 50), (3, 0, 20):
-        server.update(rank, np.full(3, n), 5, length)
-    assert (server.report(0)[2] == kept).all()
-    for _ in range(10):
-        server.update(1, np.full(3, 7), 5, length=200)
-    assert (server.report(0)[2] == 7).all()
+    def __init__(self):
+        self.rates = []
+        self.episodes = []
 
+    def step(self, lr, gradient):
+        self.rates.append(lr)
 
-@pytest.mark.parametrize("mode, names", [
-    ("last", ["unfinished"]), ("max", ["unfinished"]), ("all", ["10", "20"])])
-def test_save_mode_all_leaves_every_file(mode, names, policy, tmp_path):
-    arguments = options(save_mode=mode, out=tmp_path)
-    for n in 1, 2:
-        policy.sync(np.full_like(policy.theta, n))
-        processes.save(policy, 10 * n, arguments)
-    files = sorted(tmp_path.iterdir())
-    assert [file.name for file in files] == [f"a3c_processes.{name}.weights.h5" for name in names]
-    policy.model.load_weights(files[-1])
-    assert (policy.model.get_weights()[0] == 2).all()
+    def finish_episode(self, *episode):
+        self.episodes.append(episode)
 
 
-# -- runs, with Ray
+def run_loop(monkeypatch, tmp_path, gradient, *arguments):
+    """Run `train` on short episodes; return the listener and the batches of the gradients."""
+    batches = []
 
-@pytest.fixture
-def mark(monkeypatch):
-    """What the environment of a test's processes holds, by which they are found again."""
-    monkeypatch.setenv("TEST_OF_PROCESSES", uuid.uuid4().hex)
-    return f"TEST_OF_PROCESSES={os.environ['TEST_OF_PROCESSES']}".encode()
+    def compute_gradient(theta, *batch):
+        batches.append([tensor.numpy() for tensor in batch])
+        return processes.tf.constant(gradient)
+
+    monkeypatch.setattr(processes, "compile_gradient", lambda policy, args: compute_gradient)
+    policy = processes.Policy(2, 4, 4, seed=7)
+    listener = Listener()
+    global_t = np.zeros(1, np.int64)
+    args = options(tmp_path, "--local-t-max", "2", *arguments)
+    processes.train(0, policy.theta.copy(), policy, listener, ShortEpisodes(), global_t, listener,
+                    args)
+    return listener, batches, policy
 
 
-def find(mark, name=""):
-    """Ids of the processes with a mark whose title begins so."""
+def test_a_rollout_ends_with_the_episode_or_goes_on_with_v_of_the_next_state(monkeypatch, tmp_path):
+    listener, batches, policy = run_loop(monkeypatch, tmp_path, [0.0], "--epoch", "6")
+    assert [len(actions) for _, actions, _ in batches] == [2, 1, 2, 1]
+    assert [states[:, 0].tolist() for states, _, _ in batches] == [[0, 1], [2], [0, 1], [2]]
+    _, v = policy.forward(np.full(16, 2, np.float32))
+    expected = processes.normalise(np.array([1 + 0.99 * (1 + 0.99 * v), 1 + 0.99 * v]), 0.1)
+    np.testing.assert_allclose(batches[0][2], expected, rtol=1e-4)
+    assert batches[1][2] == [1]
+    assert [(steps, t) for steps, _, t in listener.episodes] == [(3, 3), (3, 6)]
+
+
+def test_the_learning_rate_falls_to_zero_at_the_last_step_and_not_below(monkeypatch, tmp_path):
+    listener, _, _ = run_loop(monkeypatch, tmp_path, [0.0], "--epoch", "4", "--lr", "0.8")
+    assert listener.rates == pytest.approx([0.4, 0.2, 0])
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_before_it_changes_theta(monkeypatch, tmp_path):
+    with pytest.raises(FloatingPointError, match="after 2 steps"):
+        run_loop(monkeypatch, tmp_path, [np.nan])
+
+
+# -- which weights are kept
+
+
+def kept_weights(rank, save_mode, episodes):
+    """Of each episode, the first number of the weights that the process wants to be kept."""
+    sent = []
+    report = processes.Report(rank, types.SimpleNamespace(send=sent.append), save_mode)
+    for n, steps in enumerate(episodes):
+        report.finish_episode(steps, np.full(2, n, np.float32), 0)
+    return [None if weights is None else weights[0] for *_, weights in sent]
+
+
+def test_after_ten_full_episodes_the_mean_of_their_ten_thetas_is_kept():
+    assert kept_weights(1, "max", [20] + [200] * 10) == [None] * 10 + [5.5]
+
+
+@pytest.mark.parametrize("mode, kept", [
+    ("last", [0, 1, 2, 3]), ("all", [0, 1, 2, 3]), ("max", [0, 1, None, 3])])
+def test_save_mode_max_keeps_the_weights_of_the_best_episode_of_process_0(mode, kept):
+    assert kept_weights(0, mode, [20, 50, 50, 60]) == kept
+    assert kept_weights(1, mode, [20, 50, 50, 60]) == [None] * 4
+
+
+# -- processes
+
+
+def add_one(shared):
+    np.frombuffer(shared, np.float32)[:] += 1
+
+
+def test_a_write_by_one_process_is_seen_by_another():
+    shared = processes.share_memory(np.array([3, 4], np.float32))
+    process = mp.get_context(processes.START_METHOD).Process(target=add_one, args=(shared,))
+    process.start()
+    process.join(60)
+    assert np.frombuffer(shared, np.float32).tolist() == [4, 5]
+
+
+def run_main(folder, *arguments):
+    """Run the program in this process, with two others; return its exit status."""
+    return processes.main(["--num-process", "2", "--no-render", "--log", "--out", str(folder),
+                           *arguments])
+
+
+def history(folder):
+    with open(folder / "history.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_processes_learn_and_what_they_have_learned_can_be_played(tmp_path, capfd):
+    assert run_main(tmp_path, "--test-episodes", "0") == 0
+    out, err = capfd.readouterr()
+    assert re.search(r"^learned in [\d.]+ s: \d+ steps, \d+ episodes, 2 workers, ", out, re.M)
+    assert not err
+    assert {row["thread"] for row in history(tmp_path)} == {"process_0", "process_1"}
+    assert float(history(tmp_path)[-1]["mean_of_last_10"]) > 199
+
+    weights = tmp_path / "a3c_processes.weights.h5"
+    played = tmp_path / "played"
+    assert run_main(played, "--play", str(weights), "--test-episodes", "2") == 0
+    steps = [int(n) for n in re.findall(r"test  episode \d  steps (\d+)", capfd.readouterr().out)]
+    films = sorted(played.iterdir())
+    assert [film.name for film in films] == [f"a3c_processes-episode-{n}.mp4" for n in (0, 1)]
+    for film, n in zip(films, steps):
+        assert n > 150 and len(frames_of(film)) in (n, n + 1)       # moviepy rounds
+
+
+def test_spawned_processes_end_after_the_last_step_and_mode_all_leaves_every_file(
+        tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(processes, "START_METHOD", "spawn")
+    assert run_main(tmp_path, "--epoch", "300", "--save-mode", "all") == 1
+    out, err = capfd.readouterr()
+    assert "not learned in" in out and not err
+    steps = int(re.search(r"(\d+) steps,", out)[1])
+    assert 300 <= steps < 300 + 2 * 50
+    ends = {row["total_steps"] for row in history(tmp_path) if row["thread"] == "process_0"}
+    names = {f"a3c_processes.{end}.weights.h5" for end in ends | {"unfinished"}}
+    assert {path.name for path in tmp_path.glob("*.h5")} == names
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by a signal")
+def test_a_killed_process_ends_the_run_with_one_line_and_the_weights_are_saved(tmp_path, capfd):
+    def kill_one():
+        while len(mp.active_children()) < 2:
+            time.sleep(.1)
+        time.sleep(1)
+        mp.active_children()[0].kill()
+
+    threading.Thread(target=kill_one).start()
+    assert run_main(tmp_path, "--lr", "0") == 1
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"error: process_[01] was killed by signal 9\n", err)
+    assert re.search("not learned, process_[01] failed, in", out)
+    base.load_weights(processes.Policy(2, 4, 4).model,
+                      tmp_path / "a3c_processes.unfinished.weights.h5")
+    assert not mp.active_children()
+
+
+def test_an_error_in_a_process_ends_the_run_and_is_shown_once(tmp_path, capfd):
+    assert run_main(tmp_path, "--lr", "1e30") == 1
+    out, err = capfd.readouterr()
+    assert re.match(r"error: process_[01] failed:\nTraceback", err) and err.count("Traceback") == 1
+    assert re.search("not learned, process_[01] failed, in", out)
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--num-process", "0"), ("--lr", "-1"), ("--eps", "nan"), ("--entropy-beta", "much"),
+    ("--save-mode", "never")])
+def test_a_bad_argument_is_one_clear_line_and_status_2(option, value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_main(tmp_path, option, value)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and f"error: argument {option}: " in error and value in error
+
+
+def processes_of(session):
+    """Ids of the processes of a session, which has the id of its first process."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
-                if (folder / "cmdline").read_text().startswith(name):
-                    found.append(int(folder.name))
+            if os.getsid(int(folder.name)) == session:
+                found.append(int(folder.name))
     return found
 
 
-def parent(process):
-    """The process that started a process: of Ray's, the node's own."""
-    return (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[1]
-
-
-@contextlib.contextmanager
-def running(tmp_path, *arguments):
-    """The program as a user starts it, and its lines; it is ended with the block."""
-    run = subprocess.Popen(
-        [sys.executable, FILE, "--no-render", "--log", "--out", "out", *arguments],
-        cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    guard = threading.Timer(100, run.kill)
-    guard.start()
-    try:
-        yield run
-    finally:
-        guard.cancel()
-        run.kill()
-        run.communicate()
-
-
-def read_until(run, text):
-    """Read lines up to one that holds a text."""
-    for line in run.stdout:
-        assert not line.startswith("("), line       # Ray's own
-        if text in line:
-            return line
-    pytest.fail(f"ended without {text!r}: {run.stderr.read()}")
-
-
 @linux
-def test_a_killed_worker_comes_back_and_ctrl_c_leaves_nothing_running(tmp_path, mark):
-    with running(tmp_path, "--num-process", "2") as run:
-        read_until(run, "worker_2  episode 3 ")
-        os.kill(find(mark, "ray::Worker")[0], signal.SIGKILL)
-        rank = read_until(run, "was lost; Ray has started it anew").split()[0]
-        read_until(run, f"{rank}  episode")
-        assert len(find(mark, "ray::Worker")) == 2
-        run.send_signal(signal.SIGINT)
-        out, err = run.communicate()
-    assert run.returncode == 130 and not err, err
-    assert "not learned, interrupted after" in out
-    assert (tmp_path / "out" / "a3c_processes.unfinished.weights.h5").is_file()
-    assert wait_until(lambda: not find(mark))
-
-
-@linux
-def test_workers_run_on_both_nodes_and_end_by_sigterm_or_by_the_end_of_the_server(tmp_path, mark):
-    from ray.cluster_utils import Cluster
-    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1))
-    try:
-        cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
-        arguments = tmp_path, "--num-process", "2", "--address", cluster.address
-        with running(*arguments) as run:
-            read_until(run, "worker_2  episode 1 ")
-            workers = find(mark, "ray::Worker")
-            assert len(workers) == len(set(map(parent, workers))) == 2    # of two nodes
-            run.terminate()
-            out, err = run.communicate()
-        assert run.returncode == 143 and "(raylet)" not in out and not err, err
-        assert wait_until(lambda: not find(mark, "ray::Worker") + find(mark, "ray::Server"))
-        with running(*arguments) as run:
-            read_until(run, "worker_2  episode 3 ")
-            os.kill(*find(mark, "ray::Server"), signal.SIGKILL)
-            out, err = run.communicate()
-        assert wait_until(lambda: not find(mark, "ray::Worker"))
-    finally:
-        cluster.shutdown()
-    assert run.returncode == 1 and "not learned, learning failed after" in out
-    assert "(raylet)" not in out
-    assert err == ("learning lost: ConnectionError: the server's process is gone, and with it the"
-                   " run\n")
-    weights = tmp_path / "out" / "a3c_processes.unfinished.weights.h5"
-    processes.Policy(2, 4, 4).model.load_weights(weights)
+def test_ctrl_c_sigterm_and_the_parents_death_leave_no_process_and_no_shared_memory(tmp_path):
+    code = f"import os, runpy, sys; os.setsid(); sys.argv = sys.argv[1:]; " \
+           f"runpy.run_path({str(FILE)!r}, run_name='__main__')"
+    signals = {"ctrl_c": signal.SIGINT, "sigterm": signal.SIGTERM, "death": signal.SIGKILL}
+    memory = set(os.listdir("/dev/shm"))
+    runs = {}
+    for name in signals:
+        runs[name] = start_python(
+            "-c", code, FILE, "--num-process", 2, "--lr", 0, "--no-render", "--log", "--out", name,
+            cwd=tmp_path)
+    for name, number in signals.items():
+        run = runs[name]
+        with contextlib.suppress(StopIteration):
+            while not next(run.stdout).startswith("process_1  episode"):
+                pass
+        if name == "ctrl_c":
+            os.killpg(run.pid, number)      # as a terminal does
+        else:
+            run.send_signal(number)
+        _, err = run.communicate(timeout=60)
+        assert not err
+        if name != "death":
+            assert run.returncode == 128 + number
+            assert (tmp_path / name / "a3c_processes.unfinished.weights.h5").is_file()
+        assert wait_until(lambda: not processes_of(run.pid))
+    assert set(os.listdir("/dev/shm")) <= memory
 
 
 def wait_until(fact, seconds=30):
     end = time.monotonic() + seconds
     while not fact() and time.monotonic() < end:
-        time.sleep(.2)
+        time.sleep(.1)
     return fact()
-
-
-def test_no_cluster_at_the_address_is_one_line_and_status_2(tmp_path):
-    with socket.socket() as free, socket.socket() as silent:
-        addresses = ["nowhere"]
-        for port in free, silent:
-            port.bind(("127.0.0.1", 0))
-            addresses.append(f"127.0.0.1:{port.getsockname()[1]}")
-        silent.listen()
-        for wrong in addresses:
-            run = run_python(FILE, "--address", wrong, cwd=tmp_path)
-            assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
-            assert f"no Ray cluster at {wrong!r}" in run.stderr
-
-
-def test_play_films_each_episode_of_the_test_from_its_first_frame(tmp_path, policy):
-    policy.model.save_weights(tmp_path / "a3c_processes.weights.h5")
-    run = run_python(FILE, "--play", "a3c_processes.weights.h5", "--out", "out", "--test-episodes",
-                     2, "--no-render", cwd=tmp_path)
-    steps = [int(n) for n in re.findall(r"test  episode \d  steps (\d+)", run.stdout)]
-    assert (run.returncode, run.stderr, len(steps)) == (0, "", 2)
-    films = sorted((tmp_path / "out").iterdir())
-    assert [film.name for film in films] == [f"a3c_processes-episode-{n}.mp4" for n in (0, 1)]
-    for film, n in zip(films, steps):
-        assert len(frames_of(film)) in (n, n + 1)       # moviepy rounds
-
-
-def test_without_ray_one_line_says_how_to_install_it_and_status_2(tmp_path):
-    code = f"import sys, runpy; sys.modules['ray'] = None; sys.argv = [{str(FILE)!r}];" \
-           f"runpy.run_path({str(FILE)!r}, run_name='__main__')"
-    run = run_python("-c", code, cwd=tmp_path)
-    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
-    assert "pip install" in run.stderr
