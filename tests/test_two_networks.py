@@ -183,23 +183,25 @@ def test_a_weight_that_is_not_finite_is_refused(a3c, agent, steps):
 
 def test_free_threads_lose_none_of_300_updates(a3c, monkeypatch, capsys):
     update = a3c.compiled_update
-    seen = []
+    batches = []
+    threads = set()
 
     def noted(*batch):
-        seen.append(batch)
+        batches.append(batch)
+        threads.add(threading.current_thread())
         weights = update(*batch)
-        if len(seen) == 300:
+        if len(batches) >= 300 and len(threads) == 4:
             a3c.progress.stop.set()
         return weights
     monkeypatch.setattr(a3c, "compiled_update", noted)
     a3c.train(2000, 4, 1, log=True)
-    assert len(seen) == a3c.actor_optimizer.iterations == 300
-    assert a3c.progress.failed is None and len({e.thread for e in a3c.progress.history}) == 4
+    assert a3c.progress.failed is None
+    assert len(batches) == a3c.actor_optimizer.iterations >= 300
     four = a3c.actor_weights + a3c.critic_weights
 
     # One after the other in this thread, the same updates lead to the same weights.
     start_anew(a3c)
-    for batch in seen:
+    for batch in batches:
         actor_weights, critic_weights = update(*batch)
     alone = actor_weights + critic_weights
     assert all((one.numpy() == other).all() for one, other in zip(alone, four))
@@ -289,7 +291,7 @@ def test_an_agent_that_fails_ends_the_run_and_is_shown_once_and_named(
     shown = []
     monkeypatch.setattr(two.Agent, "discount_reward", discount_reward)
     monkeypatch.setattr(threading, "excepthook", shown.append)
-    assert main() == 1
+    assert main("--seed", "1") == 1
     assert [(str(e.exc_value), e.thread.name) for e in shown] == [("the pole broke", "thread2")]
     assert "not learned, thread2 failed, in" in capsys.readouterr().out
     assert (tmp_path / "actor.unfinished.weights.h5").exists()
@@ -313,6 +315,7 @@ def test_of_agents_that_all_fail_at_once_one_is_shown(main, a3c, monkeypatch, ca
 def test_ctrl_c_ends_all_agents_and_keeps_both_networks(
         main, arguments, tmp_path, monkeypatch, capsys):
     def watch(progress, log):
+        progress.limit = 1000       # so that nobody meets the rule before
         while not progress.history:
             progress.stop.wait(.01)
         raise KeyboardInterrupt
