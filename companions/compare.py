@@ -70,9 +70,9 @@ PROGRAMS = {
 
 # Stable-Baselines3's algorithms have the colour of the same algorithm above, and dashed lines.
 PEERS = {
-    "sb3_a2c": Program(None, "CartPole-v0", "A2C, SB3", "#56B4E9", "--"),
-    "sb3_ppo": Program(None, "CartPole-v0", "PPO, SB3", "#009E73", "--"),
-    "sb3_dqn": Program(None, "CartPole-v1", "DQN, SB3", "#000000", "--"),
+    "sb3_a2c": Program(None, "CartPole-v0", "A2C of Stable-\nBaselines3", "#56B4E9", "--"),
+    "sb3_ppo": Program(None, "CartPole-v0", "PPO of Stable-\nBaselines3", "#009E73", "--"),
+    "sb3_dqn": Program(None, "CartPole-v1", "DQN of Stable-\nBaselines3", "#000000", "--"),
 }
 
 # What a run did. `cold_start` is in seconds, `speed` in steps per second, `history` is a list of
@@ -175,7 +175,8 @@ def run_once(name, seed, folder):
         lines = [line.strip() for line in stderr if line.strip()]
 
     learned = summary is not None and summary[1] is None
-    if summary is None or status != (0 if learned else 1):
+    expected_status = 0 if learned else 1
+    if summary is None or status != expected_status:
         last_line = lines[-1] if lines else "it wrote nothing to stderr"
         raise RuntimeError(f"failed with status {status}: {last_line}")
     return Run(learned, cold_start, int(summary[2]), int(summary[3]), int(summary[4]), test_mean,

@@ -127,7 +127,7 @@ def test_failed_program_is_named_with_its_last_line_and_the_others_go_on(
     assert read_csv(tmp_path)["a3c_processes"]["learned"] == "2 of 2"
 
 
-def test_programs_take_turns_seed_by_seed(tmp_path, monkeypatch):
+def test_programs_take_turns_seed_by_seed_and_dqn_is_last_in_the_table(tmp_path, monkeypatch):
     order = []
 
     def run_once(name, seed, folder):
@@ -135,9 +135,10 @@ def test_programs_take_turns_seed_by_seed(tmp_path, monkeypatch):
         return compare.Run(False, 1.0, 9, 3, 9, None, [])
 
     monkeypatch.setattr(compare, "run_once", run_once)
-    names = ["ppo_cartpole", "a3c_cartpole"]
+    names = ["dqn_cartpole", "a3c_cartpole"]
     assert compare.main(["--seeds", "2", "--only", *names, "--out", str(tmp_path)]) == 0
     assert order == [(name, seed) for seed in (1, 2) for name in names]
+    assert list(read_csv(tmp_path)) == ["a3c_cartpole", "dqn_cartpole"]
     assert drawn(tmp_path / "comparison.png") == set()      # no run has played ten episodes
 
 
