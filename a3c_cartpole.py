@@ -42,7 +42,6 @@ What differs from the article, and is needed to read the code:
   done under a lock, which neither article nor paper has: so no update is lost.
 - The n rewards are summed directly, where the article corrects the sum of the step before.
 - Threads compute p in NumPy, which is faster for a single state than Keras.
-- Batches are filled up to one size, because TensorFlow compiles for one size.
 What the article has wrong:
 - Its sum is too small at the end of an episode of fewer than n steps. `lambda: worker.run()` may
   start one worker twice. `is 'test'` compares identities, not texts.
@@ -245,13 +244,9 @@ class LocalBrain:
     Article: 「LocalBrain」. Paper: the thread's own θ' and its gradient dθ.
     """
 
-    # A sample is one row of a batch: s, a as one-hot, R_n, s', 0 if s' is the end or else 1, and
-    # a 1 that tells a sample from a row that only fills the batch up.
-    COLUMNS = [NUM_STATES, NUM_ACTIONS, 1, NUM_STATES, 1, 1]
-
-    # The most samples that can come together: MIN_BATCH - 1 that were too few the last time, T_MAX
-    # new ones, and at the end of an episode N_STEP_RETURN - 1 more.
-    BATCH_ROWS = MIN_BATCH - 1 + T_MAX + N_STEP_RETURN - 1
+    # A sample is one row of a batch (B, 12): s, a as one-hot, R_n, s', and 0 if s' is the end or
+    # else 1.
+    COLUMNS = [NUM_STATES, NUM_ACTIONS, 1, NUM_STATES, 1]
 
     def __init__(self, name, parameter_server):
         self.name = name
@@ -261,18 +256,13 @@ class LocalBrain:
         self.pull_parameter_server()
 
     @staticmethod
-    @functools.cache        # all brains share the function that the first one compiles
+    @functools.cache        # the first brain compiles, and all others get the same function
     def _build_graph(parameter_server):
-        """Compile `gradient` for this network: θ' (W,), batch (B, 13) → (W,).
-
-        XLA, TensorFlow's compiler, makes it 1.3 times as fast. It compiles for one size of batch.
-        """
-        theta = tf.constant(parameter_server.theta)
-        batch = tf.zeros([LocalBrain.BATCH_ROWS, sum(LocalBrain.COLUMNS)])
+        """Compile `gradient` before the threads start: θ' (W,), batch (B, 12) → (W,)."""
         function = functools.partial(LocalBrain.gradient, parameter_server)
-        graph = tf.function(function, jit_compile=True).get_concrete_function(theta, batch)
-        graph(theta, batch)     # compiles now, before the threads start
-        return graph
+        theta = tf.TensorSpec(parameter_server.theta.shape)
+        batch = tf.TensorSpec([None, sum(LocalBrain.COLUMNS)])      # of any number of samples
+        return tf.function(function).get_concrete_function(theta, batch)
 
     @staticmethod
     def network(parameter_server, theta, s):
@@ -285,12 +275,12 @@ class LocalBrain:
 
     @staticmethod
     def gradient(parameter_server, theta, batch):
-        """Compute the gradient (W,) of the mean loss at the weights θ' (W,), over a batch (B, 13).
+        """Compute the gradient (W,) of the mean loss at the weights θ' (W,), over a batch (B, 12).
 
         Article: _build_graph and update_parameter_server. Paper: Algorithm S3, where each step
         looks ahead to the last step of its batch, and the loss is a sum.
         """
-        s, a, R_n, s_, s_mask, is_sample = tf.split(batch, LocalBrain.COLUMNS, axis=1)
+        s, a, R_n, s_, s_mask = tf.split(batch, LocalBrain.COLUMNS, axis=1)
 
         # R = r(t) + γ·r(t+1) + … + γⁿ·V(s'). The agent has summed the n rewards, R_n. V(s') stands
         # for all later ones, of which there are none if s' is the end: there s_mask is 0. Only
@@ -303,8 +293,7 @@ class LocalBrain:
         with tf.GradientTape() as tape:
             tape.watch(theta)
             p, v = LocalBrain.network(parameter_server, theta, s)
-            losses = LocalBrain.loss_total(p, v, a, R)
-            loss = tf.reduce_sum(losses * is_sample) / tf.reduce_sum(is_sample)     # the mean
+            loss = tf.reduce_mean(LocalBrain.loss_total(p, v, a, R))
         return tape.gradient(loss, theta)
 
     @staticmethod
@@ -319,8 +308,8 @@ class LocalBrain:
         # The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage.
         # Say p(right) = 0.6, the action was right, and the critic expected V = 0.1. If R = -0.9,
         # the advantage is -1, so right becomes less likely here. If R = 0.4, the advantage is 0.3,
-        # and right becomes a little more likely. An optimizer makes a loss small, hence the minus. The
-        # advantage is a constant here (定数として扱う). Otherwise the actor's loss could become
+        # and right becomes a little more likely. An optimizer makes a loss small, hence the minus.
+        # The advantage is a constant here (定数として扱う). Otherwise the actor's loss could become
         # small by making V wrong.
         loss_policy = -log_prob * tf.stop_gradient(advantage)
 
@@ -351,9 +340,8 @@ class LocalBrain:
         """
         if len(self.train_queue) < MIN_BATCH:
             return
-        batch = np.zeros((self.BATCH_ROWS, sum(self.COLUMNS)), np.float32)
-        for row, (s, a, R_n, s_, s_mask) in enumerate(self.train_queue):
-            batch[row] = [*s, *a, R_n, *s_, s_mask, 1]
+        rows = [[*s, *a, R_n, *s_, s_mask] for s, a, R_n, s_, s_mask in self.train_queue]
+        batch = np.array(rows, np.float32)
         self.train_queue = []
 
         # 6. The thread computes the gradient, from its own samples and with its own θ'.

@@ -98,14 +98,6 @@ def test_worker_updates_and_pulls_every_t_max_steps_and_at_the_end(server):
     assert calls == [("pull", 0), *expected]
 
 
-def test_batch_that_an_episode_of_any_length_leaves_fits_in_the_compiled_one(server):
-    environment = make_environment(server, 1)
-    for length in range(1, 60):
-        environment.env = FakeEnv(length)
-        environment.run()  # a batch with too many rows would raise
-    assert server.updates > 59
-
-
 def test_test_worker_acts_greedily_and_learns_nothing(server):
     environment = a3c.Environment("test_thread", "test", server)
     environment.env.close()

@@ -50,7 +50,7 @@ def test_loss_of_one_sample_computed_by_hand():
     assert float(loss[0, 0]) == pytest.approx(0.4315231087 + 1.125 - 0.0056233514, abs=1e-6)
 
 
-@pytest.mark.parametrize("samples", [5, 12, 18])
+@pytest.mark.parametrize("samples", [5, 12, 40])
 def test_gradient_equals_finite_differences_with_r_and_advantage_held_constant(
         server, brain, rng, samples):
     theta = brain.theta
@@ -139,7 +139,7 @@ def test_sixty_updates_equal_the_articles_graph_in_tensorflow_1(server, brain, r
     first = server.theta
     session = tf.compat.v1.Session(graph=graph)  # no `with`: that would change TensorFlow's mode
     session.run(start)
-    for samples in [5, 11, 18] * 20:
+    for samples in [5, 11, 40] * 20:
         columns = fill_queue(brain, rng, samples)
         values = [np.reshape(x, (samples, -1)) for x in columns]
         session.run(update, dict(zip(feeds, values)))
