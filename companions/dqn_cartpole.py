@@ -8,8 +8,8 @@ from steps that are drawn at random from a memory, and its targets come from an 
 
 This is the program of a post by Hayashi (DATUM STUDIO),
 「【Pythonで再現】DeepMindのDQNアルゴリズムを再現してみた」, brought up to today's libraries. "The
-paper" is Mnih et al., 2015, https://doi.org/10.1038/nature14236. Classes and methods have the
-names of the post, and stand in its order.
+paper" is Mnih et al., 2015, https://doi.org/10.1038/nature14236. Methods have the names of the
+post, and stand in the order of its sections 3.1 to 4.
 
 To understand                       read
 how everything works together       DQN.learn
@@ -18,21 +18,23 @@ how the network learns them         DQN._replay, then DQN._train
 how the agent explores              DQN._get_action
 
 What differs from the post, and is needed to read the code:
-- One Keras network, `model`, learns. `Q` is a copy of its weights in NumPy, and `target_Q` an older
-  copy. `_predict` computes the network in NumPy, 100 times as fast for one state as Keras' predict.
-- The 32 calls of train_on_batch are one compiled function, `_train`, with the same 32 updates.
-- The scaler is the first layer of the network, so it is saved with the weights.
+- The post has two Keras networks. Here one Keras network, `model`, learns. `Q` holds its weights as
+  NumPy arrays, and `target_Q` older weights. `_predict` computes the network from such weights.
+- The 32 calls of train_on_batch are one compiled function, `_train`, which makes the same updates.
+- The scaler is the first layer of the network, so that it is saved together with the weights.
 What the post has wrong:
-- It takes the time limit for a fall of the pole. Here the return goes on after it: see `learn`.
-- It tests the last target network, which may just have forgotten what it had learned. Here the mean
-  of ten target networks is tested: see `finish_episode`.
+- It treats the time limit as if the pole had fallen. Here rewards still follow: see `learn`.
+- It tests the target network of the last episode, which may just have forgotten what earlier ones
+  had learned. Here the mean of ten target networks is tested: see `finish_episode`.
 What is added for convenience:
-- The program ends after 400 episodes as in the post, or before, when ten episodes in a row meet the
-  main file's rule. Weights, history and pictures are saved, and the test of ten episodes is filmed.
-  With --seed a run can be repeated.
+- The program ends after 400 episodes, as in the post, or before that, when ten episodes in a row
+  meet the main file's rule. Weights, history and pictures are saved, and the test of ten episodes
+  is filmed. With --seed a run can be repeated.
 
-Symbols: s is the state, which is here a history of the last four observations; s' is the state one
-step later; r the reward; γ the discount. Q(s, a) is the network, Q⁻(s, a) the target network.
+Symbols: A state (4,) is what CartPole shows at one step. A history (16,) is the last four states,
+the latest one last; it is what the network sees, so it takes the place of the paper's s, and the
+history one step later the place of s'. r is the reward and γ the discount. Q⁻ is the target
+network. B is the number of rows of a batch.
 """
 import collections
 import contextlib
@@ -48,32 +50,32 @@ import numpy as np
 import tensorflow as tf
 
 ENV = "CartPole-v1"
-MAX_STEPS = 500         # steps, after which CartPole-v1 ends an episode: its time limit
+MAX_STEPS = 500         # the time limit: CartPole-v1 ends an episode after so many steps
 NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
 NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
 
 N_EPISODES = 400        # episodes of learning
 GAMMA = .99             # γ: a reward k steps ahead counts γ^k
-AGENT_HIST_LEN = 4      # observations in a history. (In Atari one image shows no velocities.)
+AGENT_HIST_LEN = 4      # states in a history. (In the paper four images show how things move.)
 C = 100                 # the target network is renewed at steps 0, C, 2·C, … of each episode
 
 # -- constants of the replay memory
-MEMORY_SIZE = 2000      # steps; a new one replaces the oldest
-REPLAY_START_SIZE = 32  # steps of random actions, with which the memory begins
-MB_SIZE = 32            # samples that are drawn at each step, and make one update each
+MEMORY_SIZE = 2000      # steps in the memory; a new one replaces the oldest
+REPLAY_START_SIZE = 32  # steps with random actions, which are there before learning starts
+MB_SIZE = 32            # samples that are drawn at each step; each of them makes one update
 
-# -- constants of ε-greedy: with probability ε an action is drawn at random
-EPS = 1.                # at first
-EPS_MIN = 1e-4          # in the end
-FINAL_EXPL_STEP = 1000  # steps from the one to the other
+# -- constants of ε-greedy: with probability ε the action is drawn at random
+EPS = 1.                # ε at first
+EPS_MIN = 1e-4          # ε in the end
+FINAL_EXPL_STEP = 1000  # over so many steps ε falls
 
-# One step in the memory: agent_hist (16,) before it, new_state (4,) after it, and whether the pole
-# has fallen at it.
+# One step in the memory. agent_hist: the history (16,) before the action. new_state: the state (4,)
+# after it. done: whether the episode has ended there, so that no rewards follow.
 Sample = collections.namedtuple("Sample", "agent_hist action reward new_state done")
 
 
 class DQN:
-    """The agent, with its memory and its networks. Post: section 3."""
+    """The agent with its memory and its networks. Post: section 3."""
 
     def __init__(self, n_episodes=N_EPISODES, seed=None):
         self.seed = seed
@@ -84,8 +86,8 @@ class DQN:
         self.eps_decay = (EPS - EPS_MIN) / FINAL_EXPL_STEP
         self._init_memory()
 
-        # The scaler shifts and scales the 16 numbers of a history to mean 0 and deviation 1, as
-        # they were in the first 32 steps.
+        # The scaler shifts and scales each of the 16 numbers of a history, so that in the first 32
+        # steps its mean is 0 and its standard deviation 1. Afterwards it stays as it is.
         self.scaler = keras.layers.Normalization(name="scaler")
         self.scaler.adapt(np.array([sample.agent_hist for sample in self.memory]))
 
@@ -95,7 +97,7 @@ class DQN:
         self.Q = self.model.get_weights()                   # a list of arrays: see _predict
         self.target_Q = self._clone_network(self.Q)
 
-        # Not in the post: for the stop rule, the display, and what is handed over.
+        # Not in the post: for the stop rule, the display and what is handed over.
         self.progress = base.Progress(ENV, n_episodes)
         self.steps = 0
         self.is_learned = False
@@ -104,7 +106,7 @@ class DQN:
         self.best_mean = 0
         self.best = self.Q
 
-    # -- 3.1 Q-network
+    # -- 3.1 The Q-network
 
     def _build_network(self):
         """Define the network: histories (B, 16) → Q of each action (B, 2).
@@ -123,14 +125,18 @@ class DQN:
         return nn
 
     def _clone_network(self, network):
-        """Copy a list of weights, so that the copy stays as it is while Q learns."""
+        """Copy the weights of a network. The copy stays as it is while the original learns."""
         return [weight.copy() for weight in network]
 
     # -- 3.2 The best action
 
     @staticmethod
     def _predict(network, agent_hists):
-        """Compute Q of each action (…, 2) after histories (…, 16), for a list of weights."""
+        """Compute Q of each action (…, 2) for histories (…, 16).
+
+        `network` is the list of all weights of a network, as Keras orders them. This is in NumPy,
+        because for a single history it is many times as fast as asking Keras.
+        """
         mean, variance, _, kernel1, bias1, kernel2, bias2, kernel3, bias3, kernel4, bias4 = network
         x = (agent_hists - mean) / np.sqrt(variance)        # the scaler
         x = np.maximum(x @ kernel1 + bias1, 0)              # relu
@@ -139,13 +145,13 @@ class DQN:
         return x @ kernel4 + bias4
 
     def _get_optimal_action(self, network, agent_hist):
-        """Choose the action with the larger Q, after a history of four observations."""
+        """Choose the action with the larger Q after these four states."""
         return int(self._predict(network, np.concatenate(agent_hist)).argmax())
 
     def _get_action(self, agent_hist=None):
         """Choose any action with probability ε, or else the one with the larger Q (ε-greedy).
 
-        ε falls with each call. Without a history the action is random, and ε stays.
+        ε falls with each choice. Without a history the action is random, and ε stays.
         """
         if agent_hist is None:
             return self.rng.randrange(NUM_ACTIONS)
@@ -161,7 +167,7 @@ class DQN:
         self.memory.append(Sample(np.concatenate(agent_hist), action, reward, new_state, done))
 
     def _init_memory(self):
-        """Fill the memory with the first 32 steps, by random actions."""
+        """Play at random until the memory holds 32 steps."""
         self.memory = collections.deque(maxlen=MEMORY_SIZE)
         while True:
             state, _ = self.env.reset()
@@ -180,10 +186,11 @@ class DQN:
     # -- 3.4 Experience replay
 
     def _get_samples(self):
-        """Draw 32 samples: their histories (32, 16), and the targets Y (32, 2) of Q.
+        """Draw 32 steps from the memory. Return their histories (32, 16) and targets Y (32, 2).
 
-        Paper: Algorithm 1. Steps that follow one another resemble one another, and from them alone
-        a network would learn the latest and forget the rest. Samples from the memory are mixed.
+        Steps that follow one another resemble one another. A network that learned them in order
+        would fit the latest ones and forget the others. So it learns from a random mixture of old
+        and new steps.
         """
         samples = self.rng.sample(self.memory, MB_SIZE)
         agent_hists = np.array([sample.agent_hist for sample in samples])
@@ -192,40 +199,41 @@ class DQN:
         new_states = np.array([sample.new_state for sample in samples])
         done = np.array([sample.done for sample in samples])
 
-        # s' has the last three observations of s, and the new one.
+        # The history one step later: without its oldest state, and with the new one.
         new_agent_hists = np.hstack([agent_hists[:, NUM_STATES:], new_states])
 
-        # max Q⁻(s', a'): the rewards to come after this step, as the target network estimates them
-        # for the better of the two actions. After a fall there are none.
+        # max Q⁻(s', a'): the rewards that follow, as the target network estimates them for the
+        # better of the two actions. At the end of an episode none follow.
         future_rewards = self._predict(self.target_Q, new_agent_hists).max(axis=1)
         future_rewards[done] = 0
 
-        # The target of the action that was taken is r + γ·max Q⁻(s', a'). What the other action
-        # would have brought is not known, so its target is what the target network says of it.
+        # The target for the action that was taken is r + γ·max Q⁻(s', a'). What the other action
+        # would have brought is not known: its target is what the target network says of it now.
         Y = self._predict(self.target_Q, agent_hists)
         Y[np.arange(MB_SIZE), actions] = rewards + GAMMA * future_rewards
         return agent_hists, Y
 
     def _replay(self):
-        """Draw 32 samples, and let the network learn from one after the other."""
+        """Draw 32 samples, and let the network learn from each of them in turn."""
         agent_hists, Y = self._get_samples()
         weights = self._train(tf.constant(agent_hists), tf.constant(Y))
         self.Q = [weight.numpy() for weight in weights]
-        # Not in the post: once a weight is not a number, the last bias is not one either.
+
+        # Not in the post. If any weight is not finite any more, the last bias soon is not, either.
         if not np.isfinite(self.Q[-1]).all():
             raise FloatingPointError(f"a weight is not finite after {self.steps} steps")
 
-    @tf.function(jit_compile=True)      # XLA, TensorFlow's compiler: 3 times as fast
+    @tf.function(jit_compile=True)      # XLA, TensorFlow's compiler: three times as fast
     def _train(self, agent_hists, Y):
-        """Change the network 32 times, each time by one sample, and return its weights.
+        """Move Q towards the targets: 32 updates of one sample each. Return the new weights.
 
-        TensorFlow makes a loop of its own of `for i in tf.range(…)`. The weights are returned
-        because reading them from Keras afterwards would take half as long as all the learning.
+        tf.function makes the loop over tf.range a loop inside TensorFlow. The weights are returned
+        because reading them from the Keras network would take half as long as all 32 updates.
         """
         for i in tf.range(MB_SIZE):
             with tf.GradientTape() as tape:
-                q = self.model(agent_hists[i][tf.newaxis])[0]       # (2,)
-                loss = tf.reduce_mean(tf.square(Y[i] - q))
+                q = self.model(agent_hists[i][tf.newaxis])[0]           # (2,)
+                loss = tf.reduce_mean(tf.square(Y[i] - q))              # Keras' "mse"
             gradients = tape.gradient(loss, self.model.trainable_variables)
             self.optimizer.apply(gradients)
         return [tf.convert_to_tensor(weight) for weight in self.model.weights]
@@ -233,12 +241,12 @@ class DQN:
     # -- 3.5 Learning
 
     def learn(self):
-        """Play episodes and learn at each step. Paper: Algorithm 1."""
+        """Play episodes, and learn at each step. Paper: Algorithm 1."""
         while not self.progress.stop.is_set():
             state, _ = self.env.reset()
             agent_hist = collections.deque([state], maxlen=AGENT_HIST_LEN)
             for step in range(MAX_STEPS):
-                # Choose an action: until four observations are there, at random.
+                # Choose an action: at random until there are four states.
                 if len(agent_hist) < AGENT_HIST_LEN:
                     action = self._get_action()
                 else:
@@ -248,33 +256,33 @@ class DQN:
                 new_state, reward, terminated, truncated, _ = self.env.step(action)
                 self.steps += 1
 
-                # Remember it, and learn from samples of all that is remembered. Not in the post:
-                # only a fall of the pole (terminated) ends the return, not the time limit
-                # (truncated). Where the limit ends an episode, the pole still stands, and the
-                # state is worth as much as at any other time: up to 1/(1 - γ) = 100, not 1.
+                # Remember it, and learn from 32 of all remembered steps. Not in the post: only a
+                # fall (terminated) counts as an end there, not the time limit (truncated). Where
+                # the time limit stops an episode the pole still stands, and the same history may
+                # occur in the midst of another episode. Its target would be 1 in the one case, and
+                # up to 1 + γ + γ² + … = 100 in the other.
                 if len(agent_hist) == AGENT_HIST_LEN:
                     self._remember(agent_hist, action, reward, new_state, terminated)
                     self._replay()
 
-                # From time to time let the target network follow. Were it always the newest, each
-                # update would move the targets of all others.
+                # Renew the target network, but not at each step: otherwise each update of Q would
+                # at once move the targets as well, and Q would run after itself.
                 if step % C == 0:
                     self.target_Q = self._clone_network(self.Q)
 
                 if terminated or truncated:
                     break
-                if self.progress.stop.is_set():     # not in the post: Ctrl-C
+                if self.progress.stop.is_set():     # not in the post: after Ctrl-C
                     return
                 agent_hist.append(new_state)
             self.finish_episode(step + 1)
 
     def finish_episode(self, score):
-        """Count the episode, and find out whether the last ten were the best so far.
+        """Record an episode. If the last ten were the best so far, keep what they have learned.
 
-        Not in the post. DQN learns and forgets, often within a few episodes, so the networks of the
-        last episode are not the best ones. And one network is often good only in the situations
-        that it has met of late. What is handed over is therefore the mean of ten networks: of
-        `target_Q` at the end of each of the best ten episodes in a row.
+        Not in the post. DQN learns and forgets again, often within a few episodes, so it matters
+        which networks are handed over. They are the target networks at the end of each of the ten
+        episodes in a row that lasted longest, and of their weights the mean.
         """
         self.last_scores.append(score)
         self.last_targets.append(self.target_Q)
@@ -282,7 +290,7 @@ class DQN:
         if mean >= self.best_mean:
             self.best_mean = mean
             self.best = [np.mean(weights, axis=0) for weights in zip(*self.last_targets)]
-        self.is_learned = bool(mean > MAX_STEPS - 1)            # the main file's rule
+        self.is_learned = bool(mean > MAX_STEPS - 1)        # the main file's rule
         episode = len(self.progress.history) + 1
         self.progress.finish_episode("DQN", episode, score, mean, self.steps, self.is_learned)
 
@@ -302,15 +310,15 @@ class DQN:
         axes.figure.savefig(path)
 
     def run(self, env):
-        """Play one episode with the best network, without random actions, and return its score."""
+        """Play one episode with what was handed over, never at random, and return its score."""
         state, _ = env.reset()
         agent_hist = collections.deque([state] * AGENT_HIST_LEN, maxlen=AGENT_HIST_LEN)
         score = 0
         done = False
         while not done:
             action = self._get_optimal_action(self.best, agent_hist)
-            new_state, _, terminated, truncated, _ = env.step(action)
-            score += 1
+            new_state, reward, terminated, truncated, _ = env.step(action)
+            score += int(reward)
             done = terminated or truncated
             agent_hist.append(new_state)
         return score
@@ -332,7 +340,7 @@ def main(argv=None):
         if dqn.progress.failed:
             return 1
 
-    # The best network is tested even if the rule was not met: few runs meet it.
+    # What was handed over is tested even if the rule was not met, because few runs meet it.
     env = gym.make(ENV, disable_env_checker=True, render_mode="rgb_array")
     env.reset(seed=dqn.rng.getrandbits(31))
     env = base.film(env, args.out, "DQN", args.render)
