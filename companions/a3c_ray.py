@@ -1,34 +1,36 @@
-"""A3C of a3c_cartpole.py on many cores and many machines, with Ray.
+"""The A3C of a3c_cartpole.py on many cores and many machines, with Ray.
 
-Threads of one Python program share one core, so more threads play no more steps per second. Here
-each worker is a process of its own, on any core of any machine, and the parameter server is one
-more process. The workers call its methods, and Ray (https://docs.ray.io) carries the calls.
+Threads of one Python program run one at a time. Here each worker is a process of its own, on any
+core of any machine, so many workers really play at once. The parameter server is one more process,
+and the workers call its methods through Ray (https://docs.ray.io).
 
-    python -m companions.a3c_ray                            # this machine
-    python -m companions.a3c_ray --address 192.168.0.1:6379 # a Ray cluster, on one of its machines
-    python -m companions.a3c_ray --address ray://192.168.0.1:10001      # from any other machine
+    python -m companions.a3c_ray                                    # on this machine
+    python -m companions.a3c_ray --address 192.168.0.1:6379         # on a Ray cluster, started on
+                                                                    # one of its machines
+    python -m companions.a3c_ray --address ray://192.168.0.1:10001  # the same from elsewhere
 
 Read a3c_cartpole.py first. Its WorkerThread, Environment, Agent and LocalBrain run here unchanged.
-In the main file, they reach the server as an object in memory. Here they reach a RemoteServer,
-which has the same attributes and methods, but passes the calls on to another process.
+In the main file, they reach the parameter server as an object in memory. Here they reach a
+RemoteServer, which has the same attributes and methods, but passes calls on to another process.
 
-To understand                       read
-what crosses the network            RemoteServer.apply_gradient, then Server.update
-what a worker's process does        Worker.run
-where the processes are started     start_workers, then start_ray
-what happens when one is lost       ask, Server.call, follow
+To understand                   read
+what a worker sends and gets    RemoteServer.apply_gradient, then Server.update
+what runs in its process        Worker.run
+how the processes start         Driver.start_server, Driver.start_workers, then start_ray
+what happens if one is lost     ask and Server.call, then Driver.run and Driver.follow
+
+Words of Ray: the driver is this program, which you start and which shows the progress. An actor is
+a process that holds one object and runs its methods when other processes call them: here the
+Server, and each Worker. A node is a machine of the cluster.
 
 What differs from the main file:
-- A worker sees the steps and updates of the others only when it calls the server: after each of its
-  gradients, and before its first step. Until then it counts only its own.
-- The server answers one call at a time, so its locks are always free.
+- A worker sees the steps and updates of the others only when it has called the server: before its
+  first step, and after each of its gradients. Meanwhile it counts only its own.
+- The server answers one call at a time, so its locks never make anyone wait.
 - A worker begins as soon as its process is ready. It does not wait for the other workers.
+- A lost worker is started anew. It begins with an empty queue and with its first episode.
 - --seed fixes the first weights and what each worker draws, but not the order in which gradients
-  arrive. So only a run with one worker repeats.
-
-Four kinds of processes: the driver is this program, which you start and which shows the progress.
-An actor is a process of Ray that holds one object, and runs the methods that others call: here the
-Server, and each Worker. A node is a machine of the cluster.
+  arrive. So a run repeats only with one worker.
 """
 import contextlib
 import functools
@@ -117,10 +119,17 @@ class Server(base.ParameterServer):
         return self.theta, self.updates, self.frames, is_over
 
     def report(self, episodes, updates):
-        """Return what the driver must know, if it knows so many episodes and updates."""
+        """Return what is new for the driver, if it knows so many episodes and updates."""
         seconds = time.perf_counter() - self.progress.started if self.workers else 0
-        return (self.state(), self.is_learned, seconds, len(self.workers), self.restarts,
-                self.progress.history[episodes:], self.staleness[updates:])
+        return {
+            "state": self.state(),
+            "is_learned": self.is_learned,
+            "seconds": seconds,
+            "workers": len(self.workers),
+            "restarts": self.restarts,
+            "episodes": self.progress.history[episodes:],
+            "staleness": self.staleness[updates:],
+        }
 
 
 class RemoteServer(base.ParameterServer):
@@ -168,7 +177,7 @@ class RemoteServer(base.ParameterServer):
 
 
 class Worker:
-    """A worker as an actor."""
+    """A worker as an actor: a process in which the main file's WorkerThread runs."""
 
     def run(self, name, server, env, seed, n_workers):
         """Play episodes with the classes of the main file until learning is over."""
@@ -190,7 +199,7 @@ def ask(server, caller, method, *arguments):
         try:
             return ray.get(server.call.remote(caller, call_id, method, *arguments))
         except ray.exceptions.ActorUnavailableError:
-            # The process lives, but the connection to it broke. Call again: see Server.call.
+            # The connection broke, but the process may well live. Call again: see Server.call.
             time.sleep(RETRY_SECONDS)
 
 
@@ -213,8 +222,8 @@ class Driver:
             self.start_workers()
             self.follow()
         except ray.exceptions.ActorDiedError as error:
-            reason = error if error.actor_init_failed else "its process has ended"
-            self.fail("the server", f"the parameter server is lost, and with it the run: {reason}")
+            self.fail("the server", "the parameter server is lost, and with it the run:"
+                                    f" {cause_of(error)}")
         except (ray.exceptions.RayError, ConnectionError) as error:
             self.fail("an actor", error)
 
@@ -225,6 +234,8 @@ class Driver:
 
     def start_server(self):
         """Start the server's process, on the driver's own machine if a CPU is free there."""
+        # `ray.remote` makes an actor class of a class, and says what its processes need. Calling
+        # `remote` on it starts a process with an object of that class.
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True)
         actor_class = ray.remote(num_cpus=1, scheduling_strategy=here)(Server)
@@ -285,36 +296,50 @@ class Driver:
             try:
                 ray.get(run)        # raises the error that has ended it
             except ray.exceptions.ActorDiedError as error:
-                base.say(f"{name} was lost for good: {error}")
+                base.say(f"{name} was lost for good: {cause_of(error)}")
 
     def take_report(self):
         """Bring the driver's copy of the server up to date. Return True if learning is over."""
         copy = self.copy
         progress = copy.progress
         report = ask(self.server, "driver", "report", len(progress.history), len(copy.staleness))
-        state, copy.is_learned, seconds, progress.workers, restarts, episodes, staleness = report
-        copy.theta, copy.updates, copy.frames, is_over = state
-        copy.staleness.extend(staleness)
-        progress.history.extend(episodes)
-        progress.started = time.perf_counter() - seconds
-        for name in restarts[len(self.restarts):]:
+        copy.theta, copy.updates, copy.frames, is_over = report["state"]
+        copy.is_learned = report["is_learned"]
+        copy.staleness.extend(report["staleness"])
+        progress.history.extend(report["episodes"])
+        progress.workers = report["workers"]
+        progress.started = time.perf_counter() - report["seconds"]
+        for name in report["restarts"][len(self.restarts):]:
             base.say(f"{name} was lost, and has been started anew")
-        self.restarts = restarts
+        self.restarts = report["restarts"]
         return is_over
+
+
+def cause_of(error):
+    """Say in one line why an actor has died: of an error at its start, or for an unknown reason."""
+    if error.actor_init_failed:
+        return str(error).strip().splitlines()[-1]
+    return "its process has ended"
 
 
 def main(argv=None):
     """Learn on all workers, keep what was learned, play with it; return the exit status."""
     args = read_options(argv)
+
+    # The driver's own copy of the server: the main thread shows it, saves it and tests it.
     copy = base.ParameterServer(args.env, args.seed, args.max_episodes)
     base.check_predict_p(copy)
     test = base.WorkerThread("test_thread", "test", copy)
+
+    # Learn, or read the weights of an earlier run.
     if args.play:
         copy.theta = copy.pack(base.load_weights(copy.keras_model, args.play))
     else:
         learn(copy, args)
         if not copy.is_learned:
             return 1
+
+    # Test in this process, as the main file does.
     test.environment.env = base.film(test.environment.env, args.out, NAME, args.render)
     with contextlib.closing(test.environment.env):
         test.run(args.test_episodes)
@@ -336,7 +361,7 @@ def learn(copy, args):
                     base.draw_three_as(copy, args.out / "three_as.png")
 
 
-# == Not needed to understand how it works: options, starting and ending Ray ======================
+# == Not needed to understand how it works: options, starting and ending Ray =======================
 
 def read_options(argv):
     """Read the command line of this program."""
@@ -348,18 +373,18 @@ def read_options(argv):
     parser.add_argument("--env", default=base.ENV, choices=["CartPole-v0", "CartPole-v1"],
                         help="episodes of at most 200 or 500 steps")
     parser.add_argument("--workers", type=base.positive, metavar="N",
-                        help="learning processes; default: one for each CPU but one, which the"
-                             f" server needs, on a single machine at most {MAX_WORKERS_HERE}")
-    parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS"),
-                        help="a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; default:"
-                             " $RAY_ADDRESS, or else this machine alone")
+                        help="learning processes; if not given, one for each CPU but one, which"
+                             f" the server needs; on a single machine at most {MAX_WORKERS_HERE}")
+    parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS") or "local",
+                        help="a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; or local, which"
+                             " is this machine alone; RAY_ADDRESS in the environment does the same")
     parser.add_argument("--max-episodes", default=20_000, type=base.positive,
                         help="give up after so many episodes of all workers")
     args = base.check_options(parser, parser.parse_args(argv))
     if not args.play:
         if ray is None:
             refuse("Ray is not installed. Install it by: python -m pip install 'ray>=2.50,<3'")
-        if args.address not in (None, "auto"):
+        if args.address not in ("local", "auto"):
             check_address(args.address)
     return args
 
@@ -385,31 +410,31 @@ def ray_started(args):
 def start_ray(args):
     """Start Ray or connect to it, and choose how many workers there will be."""
     options = {}
-    if not args.address:
+    if args.address == "local":
         workers = args.workers or min(MAX_WORKERS_HERE, max(1, os.cpu_count() - 1))
         options["num_cpus"] = workers + 1           # one for the server
         options["include_dashboard"] = False
         options["object_store_memory"] = 10 ** 8    # bytes; the arrays here are small
     try:
         ray.init(
-            args.address or "local", log_to_driver=False, logging_level=logging.CRITICAL,
+            args.address, log_to_driver=False, logging_level=logging.CRITICAL,
             # What each process of an actor finds: these variables, and these files to import from.
             runtime_env={"env_vars": ENVIRONMENT,
                          "py_modules": [base.__file__, str(Path(__file__).parent)]},
             **options)
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        if args.address:
+        if args.address != "local":
             refuse(f"argument --address: Ray cannot use {args.address!r}: {reason}")
         refuse(f"Ray does not start: {reason}")
     if args.workers is None:
-        args.workers = count_free_workers()
+        args.workers = count_workers()
 
 
 def check_address(address):
     """End with exit status 2 if nothing that could be Ray answers there.
 
-    Ray itself would try for minutes. It speaks gRPC, so ask for that.
+    Ray itself would try for minutes. Its processes are gRPC servers, so ask for one of these.
     """
     import grpc  # here, because only a cluster needs it
     target = address.removeprefix("ray://")
@@ -420,7 +445,7 @@ def check_address(address):
             refuse(f"argument --address: no Ray cluster answers at {address!r}")
 
 
-def count_free_workers():
+def count_workers():
     """Count the CPUs of the cluster, less one for the server."""
     workers = int(ray.cluster_resources().get("CPU", 0)) - 1
     machines = [node for node in ray.nodes() if node["Alive"]]
