@@ -206,7 +206,10 @@ class StackEnv:
         return np.concatenate(self.frames)
 
     def step(self, action):
-        """Do an action; return the observation (F,), the reward, and whether that was the end."""
+        """Do an action; return the observation (F,), the reward, and whether that was the end.
+
+        The time limit counts as an end, as in the post.
+        """
         frame, reward, terminated, truncated, _ = self.env.step(action)
         self.frames.append(frame)
         return np.concatenate(self.frames), reward, terminated or truncated
@@ -215,8 +218,8 @@ class StackEnv:
 def train(rank, global_theta, local_policy, optimizer, env, global_t, report, args):
     """Learn until all processes together have made `args.epoch` steps. Post: `train`.
 
-    `global_t` (1,) counts the steps in shared memory. Raises FloatingPointError if a gradient is
-    not finite, before it changes θ.
+    `global_t` (1,) counts the steps in shared memory, without a lock, too. Raises
+    FloatingPointError if a gradient is not finite, before it changes θ.
     """
     compute_gradient = compile_gradient(local_policy, args)
     # Not in the post: each process has random numbers of its own.
@@ -268,7 +271,7 @@ def train(rank, global_theta, local_policy, optimizer, env, global_t, report, ar
 
         # 5. Change θ, for all processes at once. The learning rate falls from lr to 0. (Without
         #    `max` it would be negative for a process that comes after the last step.)
-        new_lr = max(0, args.epoch - global_t[0]) / args.epoch * args.lr
+        new_lr = max(0, args.epoch - int(global_t[0])) / args.epoch * args.lr
         optimizer.step(new_lr, gradient)
 
 
