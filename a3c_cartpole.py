@@ -7,7 +7,7 @@ gradient) and hands this gradient to the parameter server, which changes θ. The
 
     python a3c_cartpole.py      # learns in some ten seconds; look at movie/A3C/three_as.png then
 
-Why several threads? The steps of one game resemble each other, and a network that learns from them
+Why several threads? Successive steps of one game are alike, and a network that learns from them
 alone may go astray. DQN mixes old steps from a replay memory. A3C mixes the fresh steps of several
 games instead, so it needs no such memory, and as the steps of a game stay in order it could use an
 LSTM. In Python the threads bring variety, not speed: the interpreter runs one of them at a time.
@@ -19,21 +19,32 @@ is Mnih et al., 2016, https://arxiv.org/abs/1602.01783. The classes stand in the
 article's complete listing; its text explains them in the order main, WorkerThread, Environment,
 Agent, ParameterServer, LocalBrain. All of A3C stands above the line "Not needed to understand A3C".
 
+Symbols
+s, a, r           state, action, reward
+θ, θ'             all weights of the shared network (never the angle of the pole); a thread's copy
+p, V(s)           what the network says: the probability of each action, and the value of s, the
+                  discounted sum of the rewards that it expects from s on
+R_n, R            the discounted sum of n rewards; the same with γⁿ·V(s') added
+s', in code s_    a later state: one step after s in Environment, n steps after s in a sample
+B, W              in shapes: rows of a batch, weights of the network (131)
+
 To understand     read
 Advantage         the constants of Advantage, Agent.advantage_push_local_brain, LocalBrain.gradient
 Actor-Critic      ParameterServer._build_model, Agent.act, LocalBrain.loss_total
-Asynchronous      Environment.run, LocalBrain.update_parameter_server,
-                  ParameterServer.apply_gradient; and learn, where the threads start. The numbers
+Asynchronous      the function learn(), where the threads start; Environment.run,
+                  LocalBrain.update_parameter_server, ParameterServer.apply_gradient. The numbers
                   1. to 9. in comments are those of the article's list in 「Asynchronous」.
-At first, skip pack, unpack, model and _build_graph.
+At first, skip model(), pack(), unpack(), network() and _build_graph().
 
 To change         touch                               and mind that
 the network       HIDDEN, _build_model, predict_p     the two must agree; the program checks it
 the reward        Environment.reward                  LEARNING_RATE and LOSS_V suit a V from -1 to 1
-n                 N_STEP_RETURN                       with n other than 5 or 6, see MIN_BATCH
+n                 N_STEP_RETURN                       any n works; some samples may wait (MIN_BATCH)
 the threads       --workers                           it is more variety, not more speed
 the optimizer     apply_gradient, mean_square         make new arrays, never change one by -=
 the stop rule     Environment.finish_episode          it also decides what is handed over
+the game          the constants of Game, the reward   three_as.png draws a CartPole
+the time limit    Environment.run                     None for s' also ends the sums of rewards
 
 What differs from the article, and is needed to read the code:
 - All weights of the network are one vector. One Keras model gives the structure of the network; a
@@ -43,20 +54,18 @@ What differs from the article, and is needed to read the code:
 - The n rewards are summed directly, where the article corrects the sum of the step before.
 - Threads compute p in NumPy, which is faster for a single state than Keras.
 What the article has wrong:
-- Its sum is too small at the end of an episode of fewer than n steps. `lambda: worker.run()` may
-  start one worker twice. `is 'test'` compares identities, not texts.
-- Its text prints γ·r(t) where γ·r(t+1) is meant, and calls the drawn action the best one
-  (最適行動). A comment calls `frames` the number of trials (試行数), but it counts steps. Against a
-  large n it says that Q is still wrong; but with a large n, R hardly uses it.
+- In an episode of m < n steps its sum is too near to 0, by the factor γ^(n-m). With n = 5 this does
+  not happen in CartPole. `lambda: worker.run()` may start one worker twice. `is 'test'` compares
+  identities, not texts.
+- Its text prints γ·r(t) where γ·r(t+1) is meant; says that R(t) is V(t), where R(t) is what V moves
+  to; and calls the drawn action the best one (最適行動). A comment calls `frames` the number of
+  trials (試行数), but it counts steps. It says that threads make learning faster; in Python they
+  do not. Against a large n it says that the actions on the way come from an unfinished Q. V is the
+  value of the present p, whatever p is; here the fault of a large n is chance, see N_STEP_RETURN.
 What is added for convenience:
 - The program ends by itself. The winner hands over the mean of ten θ', not its last θ'. The test
   takes the most probable action, lasts ten episodes, and runs in the main thread. Weights, history
   and pictures are saved. With --seed the threads take turns, so that a run can be repeated.
-
-Symbols: θ all weights of the shared network, never the angle of the pole; θ' a thread's copy. V(s)
-the value of the state s. R_n the discounted sum of n rewards; R the same with γⁿ·V(s') added. s' is
-`s_` in the code: one step after s in Environment, n steps after s in a sample. Shapes: B rows of a
-batch, W weights of the network (131).
 """
 import argparse
 import collections
@@ -95,11 +104,11 @@ ENV = "CartPole-v0"
 NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
 NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right (article: right, left)
 NONE_STATE = np.zeros(NUM_STATES)       # stands for s' when the episode has ended
-ONE_HOT = np.eye(NUM_ACTIONS)           # row a stands for action a
+ONE_HOT = np.eye(NUM_ACTIONS)           # row a is the one-hot form of action a
 
 # -- constants of LocalBrain
 HIDDEN = 16             # units of the hidden layer
-MIN_BATCH = 5           # an update needs at least this many samples
+MIN_BATCH = 5           # an update needs so many samples, see update_parameter_server
 LOSS_V = .5             # coefficient of the value loss
 LOSS_ENTROPY = .01      # coefficient of the entropy, which keeps the policy from settling too early
 LEARNING_RATE = 5e-3
@@ -113,22 +122,23 @@ RMSPROP_DECAY = .99     # how much of its mean of squared gradients RMSProp keep
 #   n = 2:  R = r(t) + γ·r(t+1) + γ²·V(s(t+2))
 # At the end of an episode no V follows, so there R is exact. V becomes right near the end first,
 # and each update carries this up to n steps back. With n = 1 this is slow, and R relies on a V that
-# is still wrong. With n = 50, R depends on chance (分散), on 50 actions drawn at random.
-# The article calls it "Advantage" to look n steps ahead. The variable `advantage` is the article's
-# A(t) = R - V(s): how much better it went than expected.
+# is still wrong. With n = 50, R depends on chance (ばらつき), on 50 actions drawn at random.
+# The article calls looking n steps ahead "Advantage". Elsewhere the word means only the variable
+# `advantage`, the article's A(t) = R - V(s): how much better it went than expected.
 GAMMA = .99             # γ: a reward k steps ahead counts γ^k
 N_STEP_RETURN = 5       # n
 GAMMA_N = GAMMA ** N_STEP_RETURN
 
 # -- constants of the threads
 N_WORKERS = 8           # learning threads
-T_MAX = 10              # the article's Tmax: steps that a thread plays between two updates
+T_MAX = 10              # steps between two updates of a thread; article: Tmax, paper: t_max
 
 # -- constants of ε-greedy (ε-greedy法), which the article adds to A3C: with probability ε an action
-# is random, whatever p says
+# is random, whatever p says. It enters the loss as if drawn from p, which is not quite right; this
+# passes, as ε falls to 0.
 EPS_START = .5
 EPS_END = 0.
-EPS_STEPS = 200 * N_WORKERS     # over this many steps of N_WORKERS threads together, ε falls
+EPS_STEPS = 200 * N_WORKERS     # steps of all threads together until ε is EPS_END, 200 of each
 
 
 class ParameterServer:
@@ -153,7 +163,7 @@ class ParameterServer:
         self.update_lock = threading.Lock()
         self.updates = 0                                # how often θ has changed
         self.frames = 0                                 # steps of all learning threads; paper: T
-        self.eps_steps = EPS_STEPS * n_workers / N_WORKERS      # ε falls in 200 steps a thread
+        self.eps_steps = EPS_STEPS * n_workers / N_WORKERS      # 200 of each thread, too
         self.is_learned = False
         # The history of episodes, their limit of steps, and `stop`, a flag that all threads see:
         # learning is over.
@@ -197,6 +207,16 @@ class ParameterServer:
             start = end
         return weights
 
+    def network(self, theta, s):
+        """Compute p (B, 2) and V (B, 1) in the states s (B, 4) with the weights θ (W,).
+
+        All are tensors. Keras calls a model "stateless" if the weights come from outside.
+        """
+        parts = tf.split(theta, [math.prod(shape) for shape in self.shapes])
+        weights = [tf.reshape(part, shape) for part, shape in zip(parts, self.shapes)]
+        outputs, _ = self.keras_model.stateless_call(weights, [], s)
+        return outputs
+
     def apply_gradient(self, gradient, updates_at_pull):
         """Change θ by a gradient (W,): one step of the paper's shared RMSProp (section 4).
 
@@ -214,15 +234,14 @@ class ParameterServer:
                 raise FloatingPointError(f"the gradient is not finite after {self.frames} steps")
 
             # 8. The server changes θ. RMSProp divides the gradient of each weight by its usual
-            #    size, so that all weights take steps of about the same size. This makes new arrays;
-            #    with -= a θ' that is the same array would change as well.
+            #    size, so that all weights take steps of about the same size. This makes new arrays.
             self.mean_square = (RMSPROP_DECAY * self.mean_square
                                 + (1 - RMSPROP_DECAY) * gradient ** 2)
             self.theta = self.theta - LEARNING_RATE * gradient / np.sqrt(self.mean_square + 1e-10)
 
             # Not in the article, for a picture: how often have other threads changed θ since this
-            # thread copied it? Mostly not at all, now and then a hundred times. The gradient, which
-            # belongs to the old θ, is used all the same. This is what asynchronous means.
+            # thread copied it? That depends on the machine; three_as.png shows it. The gradient
+            # belongs to the old θ and is used all the same. This is what asynchronous means.
             self.staleness.append(self.updates - updates_at_pull)
             self.updates += 1
 
@@ -233,8 +252,12 @@ class ParameterServer:
             self.is_learned = True
 
     def count_step(self):
-        """Count a step of any thread."""
-        with self.progress.lock:        # += reads and stores, and Python may switch in between
+        """Count a step of any thread.
+
+        This has a lock, too, because += reads and stores, and Python may switch threads in between.
+        It is another lock, so that counting does not wait for an update.
+        """
+        with self.progress.lock:
             self.frames += 1
 
 
@@ -244,14 +267,14 @@ class LocalBrain:
     Article: 「LocalBrain」. Paper: the thread's own θ' and its gradient dθ.
     """
 
-    # A sample is one row of a batch (B, 12): s, a as one-hot, R_n, s', and 0 if s' is the end or
-    # else 1.
+    # A sample is one row of a batch (B, 12): s, a as one-hot, R_n, s', s_mask. The mask is 0 if the
+    # episode ended at s', otherwise 1.
     COLUMNS = [NUM_STATES, NUM_ACTIONS, 1, NUM_STATES, 1]
 
     def __init__(self, name, parameter_server):
         self.name = name
         self.parameter_server = parameter_server
-        self.train_queue = []       # samples: s, a, R_n, s', 0 or 1
+        self.train_queue = []       # samples: s, a, R_n, s', s_mask
         self.compute_gradient = self._build_graph(parameter_server)
         self.pull_parameter_server()
 
@@ -265,15 +288,6 @@ class LocalBrain:
         return tf.function(function).get_concrete_function(theta, batch)
 
     @staticmethod
-    def network(parameter_server, theta, s):
-        """p (B, 2) and V (B, 1) in the states s (B, 4), with the weights θ (W,), by TensorFlow."""
-        shapes = parameter_server.shapes
-        parts = tf.split(theta, [math.prod(shape) for shape in shapes])
-        weights = [tf.reshape(part, shape) for part, shape in zip(parts, shapes)]
-        outputs, _ = parameter_server.keras_model.stateless_call(weights, [], s)
-        return outputs
-
-    @staticmethod
     def gradient(parameter_server, theta, batch):
         """Compute the gradient (W,) of the mean loss at the weights θ' (W,), over a batch (B, 12).
 
@@ -285,14 +299,14 @@ class LocalBrain:
         # R = r(t) + γ·r(t+1) + … + γⁿ·V(s'). The agent has summed the n rewards, R_n. V(s') stands
         # for all later ones, of which there are none if s' is the end: there s_mask is 0. Only
         # there can the sum have fewer than n rewards, so γⁿ is right wherever it counts.
-        _, v_ = LocalBrain.network(parameter_server, theta, s_)
+        _, v_ = parameter_server.network(theta, s_)
         R = R_n + GAMMA_N * v_ * s_mask
 
         # The tape records what is computed inside `with`, to find the gradient of it. R is computed
         # outside, so it is a constant, as DQN's target is.
         with tf.GradientTape() as tape:
             tape.watch(theta)
-            p, v = LocalBrain.network(parameter_server, theta, s)
+            p, v = parameter_server.network(theta, s)
             loss = tf.reduce_mean(LocalBrain.loss_total(p, v, a, R))
         return tape.gradient(loss, theta)
 
@@ -306,11 +320,12 @@ class LocalBrain:
         advantage = R - v       # how much better it went than the critic expected
 
         # The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage.
-        # Say p(right) = 0.6, the action was right, and the critic expected V = 0.1. If R = -0.9,
-        # the advantage is -1, so right becomes less likely here. If R = 0.4, the advantage is 0.3,
-        # and right becomes a little more likely. An optimizer makes a loss small, hence the minus.
-        # The advantage is a constant here (定数として扱う). Otherwise the actor's loss could become
-        # small by making V wrong.
+        # Say the action was right, and the critic expected V = 0.1. If R = -0.9, the advantage is
+        # -1, so right becomes less likely here. If R = 0.4, the advantage is 0.3, and right becomes
+        # a little more likely. Why the logarithm? A rare action is drawn rarely. The slope of log p
+        # is 1/p times the slope of p, so each of its few draws counts for more, and no action gains
+        # by being drawn often. An optimizer makes a loss small, hence the minus. The advantage is a
+        # constant here (定数として扱う); otherwise this loss could become small by making V wrong.
         loss_policy = -log_prob * tf.stop_gradient(advantage)
 
         # The critic: move V(s) towards R.
@@ -323,12 +338,14 @@ class LocalBrain:
         return loss_policy + loss_value + loss_entropy
 
     def pull_parameter_server(self):
-        """Copy the weights of the server: θ' ← θ."""
+        """Take the weights that the server has now: θ' ← θ."""
         self.updates_at_pull = self.parameter_server.updates
-        self.theta = self.parameter_server.theta        # never changed, so it need not be copied
+        # Both names now mean one array. As no array is ever changed, this θ' stays as it is when
+        # the server makes a new θ. So it serves as a copy.
+        self.theta = self.parameter_server.theta
 
     def push_parameter_server(self):
-        """Copy the weights to the server: θ ← θ'. Only the winner does so, at the very end."""
+        """Give the server these weights: θ ← θ'. Only the winner does so, at the very end."""
         self.parameter_server.take_over(self.theta)
 
     def update_parameter_server(self):
@@ -390,8 +407,8 @@ class Agent:
     def act(self, s, greedy=False):
         """Choose an action in the state s (4,): any with probability ε, or else drawn from p.
 
-        Q-learning takes the best action. Here an action is drawn, so that all are tried. `greedy`
-        is for the test and not in the article: always the most probable action.
+        Q-learning takes the action of the largest Q. Here an action is drawn, so that all are
+        tried. `greedy` is for the test and not in the article: always the most probable action.
         """
         if not greedy and self.rng.random() < self.epsilon():
             return self.rng.randrange(NUM_ACTIONS)
@@ -405,13 +422,18 @@ class Agent:
 
         R_n = r[0] + γ·r[1] + … + γ^(n-1)·r[n-1], to which the brain will add γ^n·V(s').
         At the end of the episode (終端, s_ is None) no more rewards come: the last step has 1, the
-        one before has 2, and so on.
+        one before has 2, and so on. With n = 5 and T_MAX = 10, in an episode of 23 steps:
+
+            after step    samples of steps    still in the memory    then
+            10            1 to 6              7 to 10                update, with 6 samples
+            20            7 to 16             17 to 20               update, with 10 samples
+            23            17 to 23            nothing                update, with 7 samples
         """
         self.memory.append((s, ONE_HOT[a], r))
         while len(self.memory) == N_STEP_RETURN or (s_ is None and self.memory):
             R_n = sum(GAMMA ** k * r_k for k, (_, _, r_k) in enumerate(self.memory))
             s_0, a_0, _ = self.memory.popleft()
-            self.brain.train_push(s_0, a_0, R_n, s_)
+            self.brain.train_push(s_0, a_0, R_n, s_)        # s_ is n steps after s_0, or None
 
 
 class Environment:
@@ -439,8 +461,8 @@ class Environment:
         step = 0
         done = False
         while not done:
-            a = agent.act(s, greedy=not is_learning)                    # 2. choose an action
-            s_, _, terminated, truncated, _ = self.env.step(a)          # 3. do it, and get s' and r
+            a = agent.act(s, greedy=not is_learning)                    # 2. choose a, using θ'
+            s_, _, terminated, truncated, _ = self.env.step(a)          # 3. do it, get s' and r
             step += 1
             done = terminated or truncated
             r = self.reward(s_, step, done)                             #    (not the r of gym)
@@ -448,13 +470,11 @@ class Environment:
                 server.count_step()
                 agent.advantage_push_local_brain(                       # 4. remember it
                     s, a, r, None if done else s_)
-                if done or step % T_MAX == 0:                           # 5. T_MAX steps, or the end
+                if done or step % T_MAX == 0:                           # 5. 2. to 4. repeated
                     agent.brain.update_parameter_server()               # 6. 7. 8. gradient → θ
                     agent.brain.pull_parameter_server()                 # 9. θ' ← θ, as in 1.
-                    # Not in the article: do not finish an episode after learning is over. (With
-                    # --seed, other threads have their turn first.)
                     if not server.progress.may_go_on(self.name):
-                        return step
+                        return step     # not in the article: another thread has ended learning
             s = s_
         if is_learning:
             self.finish_episode(step)
@@ -471,7 +491,7 @@ class Environment:
             return 0
         if step < self.parameter_server.progress.limit - 1:
             return -1       # the pole has fallen, or the cart has left the track
-        return 1            # as in the article, the last step but one counts as success, too
+        return 1            # as in the article, an episode of 199 steps is a success, too
 
     def finish_episode(self, step):
         """Count the episode, and hand the weights over if the last 10 meet the stop rule."""
@@ -486,7 +506,7 @@ class Environment:
             self.name, self.count_trial_each_thread, step, mean, server.frames, meets_rule)
         if meets_rule and is_counted:
             # Not in the article: hand over the mean of the weights after each of the ten episodes.
-            # It keeps the pole up more reliably than the last weights alone.
+            # It usually keeps the pole up better than the last weights alone.
             brain.theta = np.mean(self.thetas, axis=0)
             brain.push_parameter_server()
 
@@ -522,15 +542,16 @@ def main(argv=None):
     workers = [WorkerThread(f"local_thread{i + 1}", "learning", server)
                for i in range(args.workers)]
 
-    # M2. Each learning worker runs in a thread of its own, until one has won.
     if args.play:
+        # Not in the article: play with weights that an earlier run has saved.
         server.theta = server.pack(load_weights(server.keras_model, args.play))
     else:
+        # M2 and M3. Each worker runs in a thread of its own, until all of them have ended.
         learn(server, workers, args)
         if not server.is_learned:
             return 1
 
-    # M3. The test runs in this thread, because macOS opens windows in no other one.
+    # The test. It runs in this thread, because macOS opens windows in no other one.
     test.environment.env = film(test.environment.env, args.out, "A3C", args.render)
     with contextlib.closing(test.environment.env):
         test.run(args.test_episodes)
@@ -538,19 +559,20 @@ def main(argv=None):
 
 
 def learn(server, workers, args):
-    """M2. Let each worker run in a thread until learning is over, and keep the results."""
+    """Let each worker run in a thread until learning is over, and keep the results."""
     progress = server.progress
     progress.start([worker.name for worker in workers], in_turns=args.seed is not None)
-    # `guard` lets an error in one thread end learning for all of them.
+    # `guard` lets an error in one thread end learning for all of them. A daemon thread does not
+    # keep the program from ending.
     threads = [threading.Thread(target=guard(worker.run, progress), name=worker.name, daemon=True)
                for worker in workers]
     try:
         for thread in threads:
-            thread.start()          # from here on worker.run goes on by itself, beside the others
+            thread.start()          # M2. from here on worker.run goes on by itself
         share_one_core(threads)
         progress.watch(args.log)    # shows the episodes until learning is over
     finally:
-        end_threads(threads, progress)
+        end_threads(threads, progress)      # M3. waits for them
         keep_results(server, args)
 
 
@@ -624,7 +646,7 @@ def check_predict_p(server):
     brain.theta = rng.normal(size=server.theta.shape).astype(np.float32)    # biases are not 0
     s = rng.normal(size=(8, NUM_STATES)).astype(np.float32)
     try:
-        p, _ = brain.network(server, tf.constant(brain.theta), s)
+        p, _ = server.network(tf.constant(brain.theta), tf.constant(s))
         agrees = np.allclose(p, brain.predict_p(s), atol=1e-4)
     except ValueError:      # other numbers of layers or units
         agrees = False
@@ -732,7 +754,10 @@ class Turns:
 
 
 def run_threads(jobs, progress, log):
-    """Run {name: function} in threads until learning is over, and show the progress meanwhile."""
+    """Run {name: function} in threads until learning is over, and show the progress meanwhile.
+
+    This is what learn() does, for the programs in companions/.
+    """
     progress.start(list(jobs))
     threads = [threading.Thread(target=guard(job, progress), name=name, daemon=True)
                for name, job in jobs.items()]
