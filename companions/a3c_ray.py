@@ -367,9 +367,10 @@ def read_options(argv):
     """Read the command line of this program."""
     parser = base.make_parser(
         "Learn CartPole with A3C in many processes, on one or many machines, then film what was"
-        " learned. With more than one worker, a run with --seed does not repeat: the seed fixes the"
-        " first weights and what each worker draws, but not the order of the updates.",
-        f"movie/{NAME}")
+        " learned.", f"movie/{NAME}")
+    parser.epilog = (
+        "Only a run with --workers 1 can be repeated. With more workers, --seed fixes the first"
+        " weights and what each worker draws, but not the order of the updates.")
     parser.add_argument("--env", default=base.ENV, choices=["CartPole-v0", "CartPole-v1"],
                         help="episodes of at most 200 or 500 steps")
     parser.add_argument("--workers", type=base.positive, metavar="N",
