@@ -5,7 +5,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, run_python
 
 from companions import a3c_two_networks as two
 
@@ -327,8 +326,9 @@ def test_ctrl_c_ends_all_agents_and_keeps_both_networks(
     assert (tmp_path / "history.csv").read_text().count("\n") > 1
 
 
-def test_the_program_runs_by_its_path_and_refuses_a_bad_argument_in_one_line(tmp_path):
-    run = run_python(ROOT / "companions/a3c_two_networks.py", "--max-episodes", "0", cwd=tmp_path)
-    assert run.returncode == 2 and not list(tmp_path.iterdir())
-    assert run.stderr.splitlines()[-1].endswith(
+def test_a_bad_argument_is_refused_in_one_line_before_anything_is_written(main, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main("--max-episodes", "0")
+    assert refused.value.code == 2 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.splitlines()[-1].endswith(
         "argument --max-episodes: '0' is not a whole number from 1 to 2^32 - 1")
