@@ -43,7 +43,8 @@ n                 N_STEP_RETURN                       any n works; some samples 
 the threads       --workers                           it is more variety, not more speed
 the optimizer     apply_gradient, mean_square         make new arrays, never change one by -=
 the stop rule     Environment.finish_episode          it also decides what is handed over
-the game          the constants of Game, the reward   three_as.png draws a CartPole
+the game          the constants of Game, the reward   --env and three_as.png know only CartPole
+a large network   the settings before the imports     they allow one core and no GPU
 the time limit    Environment.run                     None for s' also ends the sums of rewards
 
 What differs from the article, and is needed to read the code:
@@ -53,15 +54,10 @@ What differs from the article, and is needed to read the code:
   done under a lock, which neither article nor paper has: so no update is lost.
 - The n rewards are summed directly, where the article corrects the sum of the step before.
 - Threads compute p in NumPy, which is faster for a single state than Keras.
-What the article has wrong:
+What the article has wrong (README.md says more):
 - In an episode of m < n steps its sum is too near to 0, by the factor γ^(n-m). With n = 5 this does
   not happen in CartPole. `lambda: worker.run()` may start one worker twice. `is 'test'` compares
-  identities, not texts.
-- Its text prints γ·r(t) where γ·r(t+1) is meant; says that R(t) is V(t), where R(t) is what V moves
-  to; and calls the drawn action the best one (最適行動). A comment calls `frames` the number of
-  trials (試行数), but it counts steps. It says that threads make learning faster; in Python they
-  do not. Against a large n it says that the actions on the way come from an unfinished Q. V is the
-  value of the present p, whatever p is; here the fault of a large n is chance, see N_STEP_RETURN.
+  identities, not texts. Its text prints γ·r(t) where γ·r(t+1) is meant.
 What is added for convenience:
 - The program ends by itself. The winner hands over the mean of ten θ', not its last θ'. The test
   takes the most probable action, lasts ten episodes, and runs in the main thread. Weights, history
@@ -322,10 +318,13 @@ class LocalBrain:
         # The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage.
         # Say the action was right, and the critic expected V = 0.1. If R = -0.9, the advantage is
         # -1, so right becomes less likely here. If R = 0.4, the advantage is 0.3, and right becomes
-        # a little more likely. Why the logarithm? A rare action is drawn rarely. The slope of log p
-        # is 1/p times the slope of p, so each of its few draws counts for more, and no action gains
-        # by being drawn often. An optimizer makes a loss small, hence the minus. The advantage is a
-        # constant here (定数として扱う); otherwise this loss could become small by making V wrong.
+        # a little more likely. An optimizer makes a loss small, hence the minus.
+        # Why not R itself? In a bad state even the best action has R < 0. What counts is whether it
+        # went better than expected.
+        # Why the logarithm? A rare action is drawn rarely. The slope of log p is 1/p times that of
+        # p, so each of its few draws counts for more, and none gains by being drawn often.
+        # Why stop_gradient? The advantage is a constant here (定数として扱う). Otherwise this loss
+        # could become small by making V wrong.
         loss_policy = -log_prob * tf.stop_gradient(advantage)
 
         # The critic: move V(s) towards R.
