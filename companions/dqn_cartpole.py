@@ -227,8 +227,8 @@ class DQN:
     def _train(self, agent_hists, Y):
         """Move Q towards the targets: 32 updates of one sample each. Return the new weights.
 
-        tf.function makes the loop over tf.range a loop inside TensorFlow. The weights are returned
-        because reading them from the Keras network would take half as long as all 32 updates.
+        tf.function turns the loop over tf.range into a loop inside TensorFlow. The weights are
+        returned because reading them from the Keras network takes as long as all 32 updates.
         """
         for i in tf.range(MB_SIZE):
             with tf.GradientTape() as tape:
@@ -281,8 +281,8 @@ class DQN:
         """Record an episode. If the last ten were the best so far, keep what they have learned.
 
         Not in the post. DQN learns and forgets again, often within a few episodes, so it matters
-        which networks are handed over. They are the target networks at the end of each of the ten
-        episodes in a row that lasted longest, and of their weights the mean.
+        when its weights are taken. What is handed over is the mean of ten sets of weights: those of
+        the target network at the end of each of the ten episodes in a row that lasted longest.
         """
         self.last_scores.append(score)
         self.last_targets.append(self.target_Q)
