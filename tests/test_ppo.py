@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, run_python
+from conftest import frames_of
 
 from companions import ppo_cartpole as ppo
 
@@ -136,11 +136,13 @@ def test_losses_equal_numpy(rng):
 # -- update
 
 
-def test_update_equals_as_many_steps_of_keras_adam_on_the_papers_loss(rng, monkeypatch):
-    batch = batch_of(rng, 70)
+def test_updates_equal_keras_adam_on_the_papers_loss_for_all_lengths_compiled_once(
+        rng, monkeypatch):
+    short = batch_of(rng, 9)
+    long = batch_of(rng, 200)
     twin = ppo.PVNet(seed=3, droprate=0)
     adam = keras.optimizers.Adam(1e-4, epsilon=1e-8)
-    for _ in range(12):
+    for batch in [short] * 6 + [long] * 6:
         with tf.GradientTape() as tape:
             pi, value = twin(batch[0], training=True)
             pi_loss, v_loss, entropy, _ = ppo.Agent.losses(pi, value, *batch[1:])
@@ -150,8 +152,9 @@ def test_update_equals_as_many_steps_of_keras_adam_on_the_papers_loss(rng, monke
     monkeypatch.setattr(ppo, "TARGET_KL", np.inf)
     agent = agent_without_dropout()
     before = agent.weights
-    assert agent.update(batch) == 6
-    assert agent.update(batch) == 6  # Adam's moments and its count go on from update to update
+    assert agent.update(short) == 6
+    assert agent.update(long) == 6  # Adam's moments and its count go on from update to update
+    assert agent.iterate.experimental_get_tracing_count() == 1
     for kept, weight, expected in zip(before, agent.weights, twin.get_weights()):
         np.testing.assert_allclose(weight, expected, atol=1e-5)
         assert np.abs(weight - kept).max() > 5e-4
@@ -193,14 +196,6 @@ def test_iterations_end_at_80_and_an_update_that_is_not_finite_changes_nothing(r
     assert agent.weights is kept
     for weight, expected in zip(agent.model.get_weights(), kept):
         np.testing.assert_array_equal(weight, expected)
-
-
-def test_update_takes_episodes_of_all_lengths_with_one_compiled_function(rng, monkeypatch):
-    monkeypatch.setattr(ppo, "TRAIN_ITERS", 1)
-    agent = agent_without_dropout()
-    for steps in 9, 60, 200:
-        agent.update(batch_of(rng, steps))
-    assert agent.iterate.experimental_get_tracing_count() == 1
 
 
 # -- network and actions
@@ -300,14 +295,23 @@ def test_run_that_meets_the_rule_keeps_the_mean_of_the_weights_that_played_its_t
         np.testing.assert_allclose(weight, np.mean(ten, axis=0), atol=1e-6)
 
 
-def test_run_by_its_path_plays_the_weights_of_a_run(tmp_path):
-    ppo.PVNet(seed=2).save_weights(tmp_path / "PPO.weights.h5")
-    done = run_python(
-        ROOT / "companions" / "ppo_cartpole.py", "--play", "PPO.weights.h5",
-        "--test-episodes", 1, "--no-render", "--out", "films", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0 and "test: mean of 1 episodes" in done.stdout
-    assert (tmp_path / "films" / "PPO-episode-0.mp4").stat().st_size > 0
+def test_run_plays_and_films_the_weights_of_a_run(tmp_path, capsys, monkeypatch):
+    weights = tmp_path / "PPO.weights.h5"
+    saved = ppo.PVNet(seed=2)
+    saved.save_weights(weights)
+    played = []
+    run_episode = ppo.run_episode
+
+    def run_episode_and_note_the_weights(env, agent):
+        played.append(agent.weights)
+        return run_episode(env, agent)
+
+    monkeypatch.setattr(ppo, "run_episode", run_episode_and_note_the_weights)
+    assert run(tmp_path / "films", "--play", weights, "--test-episodes", 1) == 0
+    assert "test: mean of 1 episodes" in capsys.readouterr().out
+    for weight, expected in zip(played[0], saved.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, expected)
+    assert len(frames_of(tmp_path / "films" / "PPO-episode-0.mp4")) > 5
 
 
 @pytest.mark.parametrize("arguments, word", [
