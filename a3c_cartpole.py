@@ -858,7 +858,7 @@ def keep(models, progress, is_learned, steps, title, out):
 
     draw_learning_curve(progress.history, out / "learning_curve.png", progress.limit, title)
     for name, model in models.items():
-        with contextlib.suppress(ImportError):      # pydot or Graphviz is not there
+        with contextlib.suppress(Exception):        # pydot or Graphviz is missing or fails
             keras.utils.plot_model(model, out / f"{name}.png", show_shapes=True)
     say(f"weights and pictures are in {out}")
 
