@@ -340,12 +340,12 @@ def test_ctrl_c_sigterm_and_the_parents_death_leave_no_process_and_no_shared_mem
     runs = {}
     for name in signals:
         runs[name] = start_python(
-            "-c", code, FILE, "--num-process", 2, "--lr", 0, "--no-render", "--log", "--out", name,
+            "-c", code, FILE, "--num-process", 1, "--lr", 0, "--no-render", "--log", "--out", name,
             cwd=tmp_path)
     for name, number in signals.items():
         run = runs[name]
         with contextlib.suppress(StopIteration):
-            while not next(run.stdout).startswith("process_1  episode"):
+            while not next(run.stdout).startswith("process_0  episode"):
                 pass
         if name == "ctrl_c":
             os.killpg(run.pid, number)      # as a terminal does
