@@ -356,8 +356,8 @@ class LocalBrain:
         """
         if len(self.train_queue) < MIN_BATCH:
             return
-        rows = [[*s, *a, R_n, *s_, s_mask] for s, a, R_n, s_, s_mask in self.train_queue]
-        batch = np.array(rows, np.float32)
+        s, a, R_n, s_, s_mask = zip(*self.train_queue)
+        batch = np.column_stack([s, a, R_n, s_, s_mask]).astype(np.float32)
         self.train_queue = []
 
         # 6. The thread computes the gradient, from its own samples and with its own θ'.
@@ -911,7 +911,7 @@ def draw_learning_curve(history, path, limit, title):
         if e.episode >= 10:
             curves.setdefault(e.thread, []).append(e)
     several = len(curves) > 1
-    label = "a thread's last 10, mean" if several else "the last 10, mean"
+    label = "a worker's last 10, mean" if several else "the last 10, mean"
     winner = None
     for thread, episodes in curves.items():
         if episodes[-1].mean_of_last_10 > limit - 1:
@@ -924,9 +924,9 @@ def draw_learning_curve(history, path, limit, title):
         draw_curve(axes, curves[winner], f"{winner}, which has learned" if several else label,
                    color=ORANGE, linewidth=2.5)
     if not curves:
-        axes.text(.5, .5, "no mean yet: no thread has played ten episodes", ha="center",
+        axes.text(.5, .5, "no mean yet: no worker has played ten episodes", ha="center",
                   transform=axes.transAxes)
-    axes.set(title=title, xlim=(0, None), xlabel="steps of all threads together",
+    axes.set(title=title, xlim=(0, None), xlabel="steps of all workers together",
              ylim=(0, 1.05 * limit), ylabel="steps of an episode")
     axes.legend(fontsize="small")
     axes.figure.savefig(path)
