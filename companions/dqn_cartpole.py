@@ -1,40 +1,57 @@
 """DQN on CartPole: the values of actions, learned from a replay memory with a target network.
 
-DQN is the deep Q-network. A network learns Q(s, a), the discounted sum of all rewards that come
-after action a in state s, and the agent takes the action with the larger Q. The network learns
-from steps that are drawn at random from a memory, and its targets come from an older copy of it.
+DQN is the deep Q-network. A network learns Q(s, a), the discounted sum of all rewards to come if
+the agent takes action a in state s, and after it always the action with the larger Q. It learns
+from steps that are drawn at random from a memory. Its targets come from an older copy of itself.
 
     python -m companions.dqn_cartpole   # minutes; films and pictures are in movie/dqn_cartpole
 
 This is the program of a post by Hayashi (DATUM STUDIO),
 「【Pythonで再現】DeepMindのDQNアルゴリズムを再現してみた」, brought up to today's libraries. "The
 paper" is Mnih et al., 2015, https://doi.org/10.1038/nature14236. Methods have the names of the
-post, and stand in the order of its sections 3.1 to 4.
+post, and stand in the order of its sections 3.1 to 4. Constants are its parameters in capitals.
+
+Symbols
+state, history    A state (4,) is what CartPole shows at one step. A history (16,) is the last four
+                  states, the latest one last.
+s, a, r, s'       The network sees histories, so s is a history, and s' the one a step later. a is
+                  the action, and r the reward, which is 1 for each step.
+γ                 the discount
+Q, Q⁻             what the network says, and what the target network says
+fall              The pole leans too far, or the cart leaves the track: Gymnasium's `terminated`.
+                  The time limit ends an episode, too: `truncated`.
+B                 in shapes: rows of a batch
+
+The target for Q(s, a) is
+
+    r                                   if the pole falls in this step
+    r + γ·max Q⁻(s', a')                otherwise, with the larger value of the two actions a'
+
+So the target is 1 for the step with the fall, and 1 + γ = 1.99 for the step before, once Q⁻ is
+right. Q becomes right near falls first, and from there backwards, through one copy Q⁻ after the
+other. If the pole never fell, each step would have 1 + γ + γ² + … = 1/(1 - γ) = 100.
 
 To understand                       read
 how everything works together       DQN.learn
 where the targets come from         DQN._get_samples
 how the network learns them         DQN._replay, then DQN._train
 how the agent explores              DQN._get_action
+At first, skip what is marked "not in the post".
 
 What differs from the post, and is needed to read the code:
-- The post has two Keras networks. Here one Keras network, `model`, learns. `Q` holds its weights as
-  NumPy arrays, and `target_Q` older weights. `_predict` computes the network from such weights.
+- The post has two Keras networks, `Q` and `target_Q`. Here `Q` and `target_Q` are lists of weights
+  in NumPy, and `_predict` computes the network's output from such a list. Only one Keras network
+  is left, `model`. It learns, and `Q` is a copy of its weights.
 - The 32 calls of train_on_batch are one compiled function, `_train`, which makes the same updates.
 - The scaler is the first layer of the network, so that it is saved together with the weights.
 What the post has wrong:
-- It treats the time limit as if the pole had fallen. Here rewards still follow: see `learn`.
+- It treats the time limit as if the pole had fallen. Here rewards go on after it: see `learn`.
 - It tests the target network of the last episode, which may just have forgotten what earlier ones
   had learned. Here the mean of ten target networks is tested: see `finish_episode`.
 What is added for convenience:
-- The program ends after 400 episodes, as in the post, or before that, when ten episodes in a row
-  meet the main file's rule. Weights, history and pictures are saved, and the test of ten episodes
-  is filmed. With --seed a run can be repeated.
-
-Symbols: A state (4,) is what CartPole shows at one step. A history (16,) is the last four states,
-the latest one last; it is what the network sees, so it takes the place of the paper's s, and the
-history one step later the place of s'. r is the reward and γ the discount. Q⁻ is the target
-network. B is the number of rows of a batch.
+- The program ends after 400 episodes, as in the post, or earlier, if ten episodes in a row meet the
+  main file's rule. Weights, history and pictures are saved, and the test of ten episodes is filmed.
+  With --seed a run can be repeated.
 """
 import collections
 import contextlib
@@ -54,23 +71,25 @@ MAX_STEPS = 500         # the time limit: CartPole-v1 ends an episode after so m
 NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
 NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
 
-N_EPISODES = 400        # episodes of learning
+N_EPISODES = 400        # episodes of learning at most
 GAMMA = .99             # γ: a reward k steps ahead counts γ^k
-AGENT_HIST_LEN = 4      # states in a history. (In the paper four images show how things move.)
-C = 100                 # the target network is renewed at steps 0, C, 2·C, … of each episode
+AGENT_HIST_LEN = 4      # states in a history. The paper needs four images to see how things move.
+                        # A state of CartPole has the velocities in it; the post takes four, too.
+C = 100                 # the target network is renewed at steps 0, C, 2·C, … of each episode (in
+                        # the paper, every C updates, whatever the episode)
 
 # -- constants of the replay memory
 MEMORY_SIZE = 2000      # steps in the memory; a new one replaces the oldest
-REPLAY_START_SIZE = 32  # steps with random actions, which are there before learning starts
-MB_SIZE = 32            # samples that are drawn at each step; each of them makes one update
+REPLAY_START_SIZE = 32  # steps with random actions that fill it before learning starts
+MB_SIZE = 32            # samples in a minibatch: so many are drawn from the memory at each step
 
 # -- constants of ε-greedy: with probability ε the action is drawn at random
 EPS = 1.                # ε at first
 EPS_MIN = 1e-4          # ε in the end
-FINAL_EXPL_STEP = 1000  # over so many steps ε falls
+FINAL_EXPL_STEP = 1000  # ε falls over so many steps
 
 # One step in the memory. agent_hist: the history (16,) before the action. new_state: the state (4,)
-# after it. done: whether the episode has ended there, so that no rewards follow.
+# after it. done: whether the pole has fallen there, so that no rewards follow.
 Sample = collections.namedtuple("Sample", "agent_hist action reward new_state done")
 
 
@@ -78,7 +97,6 @@ class DQN:
     """The agent with its memory and its networks. Post: section 3."""
 
     def __init__(self, n_episodes=N_EPISODES, seed=None):
-        self.seed = seed
         self.rng = random.Random(seed)
         self.env = gym.make(ENV, disable_env_checker=True)
         self.env.reset(seed=self.rng.getrandbits(31))       # seeds all later resets
@@ -86,25 +104,28 @@ class DQN:
         self.eps_decay = (EPS - EPS_MIN) / FINAL_EXPL_STEP
         self._init_memory()
 
-        # The scaler shifts and scales each of the 16 numbers of a history, so that in the first 32
-        # steps its mean is 0 and its standard deviation 1. Afterwards it stays as it is.
+        # The scaler shifts and scales each of the 16 numbers of a history, so that over the first
+        # 32 histories its mean is 0 and its standard deviation 1. Afterwards it does not change.
         self.scaler = keras.layers.Normalization(name="scaler")
         self.scaler.adapt(np.array([sample.agent_hist for sample in self.memory]))
 
+        if seed is not None:
+            keras.utils.set_random_seed(seed)               # for the first weights
         self.model = self._build_network()
         self.optimizer = keras.optimizers.Adam()            # learning rate 0.001
-        self.optimizer.build(self.model.trainable_variables)
+        self.optimizer.build(self.model.trainable_variables)    # _train cannot make variables
         self.Q = self.model.get_weights()                   # a list of arrays: see _predict
         self.target_Q = self._clone_network(self.Q)
 
-        # Not in the post: for the stop rule, the display and what is handed over.
-        self.progress = base.Progress(ENV, n_episodes)
-        self.steps = 0
+        # Not in the post: for the end of learning, for the display, and for the weights to keep.
+        self.progress = base.Progress(ENV, n_episodes)      # its flag `stop`: learning is over
+        self.steps = 0                                      # of all episodes
         self.is_learned = False
+        # Scores of the last ten episodes. Those that are not played yet count 0.
         self.last_scores = collections.deque([0] * 10, maxlen=10)
         self.last_targets = collections.deque(maxlen=10)    # target_Q at the end of each of them
-        self.best_mean = 0
-        self.best = self.Q
+        self.best_mean = 0                                  # the largest mean of last_scores so far
+        self.best = self.Q                                  # the mean of last_targets at that time
 
     # -- 3.1 The Q-network
 
@@ -113,8 +134,6 @@ class DQN:
 
         `_predict` computes the same in NumPy: change both together.
         """
-        if self.seed is not None:
-            keras.utils.set_random_seed(self.seed)
         nn = keras.Sequential(name="DQN")
         nn.add(keras.Input((AGENT_HIST_LEN * NUM_STATES,)))
         nn.add(self.scaler)
@@ -125,14 +144,18 @@ class DQN:
         return nn
 
     def _clone_network(self, network):
-        """Copy the weights of a network. The copy stays as it is while the original learns."""
+        """Copy the weights of a network. The copy stays as it is while the original learns.
+
+        The target network is such a copy. The post names two differences from Q-learning, the
+        network and experience replay. The target network is a third one.
+        """
         return [weight.copy() for weight in network]
 
     # -- 3.2 The best action
 
     @staticmethod
     def _predict(network, agent_hists):
-        """Compute Q of each action (…, 2) for histories (…, 16).
+        """Compute Q of each action, (2,) or (B, 2), for one history (16,) or several (B, 16).
 
         `network` is the list of all weights of a network, as Keras orders them. This is in NumPy,
         because for a single history it is many times as fast as asking Keras.
@@ -146,12 +169,13 @@ class DQN:
 
     def _get_optimal_action(self, network, agent_hist):
         """Choose the action with the larger Q after these four states."""
-        return int(self._predict(network, np.concatenate(agent_hist)).argmax())
+        q = self._predict(network, np.concatenate(agent_hist))
+        return int(q.argmax())
 
     def _get_action(self, agent_hist=None):
         """Choose any action with probability ε, or else the one with the larger Q (ε-greedy).
 
-        ε falls with each choice. Without a history the action is random, and ε stays.
+        ε falls a little with each call. Without a history the action is random, and ε stays.
         """
         if agent_hist is None:
             return self.rng.randrange(NUM_ACTIONS)
@@ -190,7 +214,10 @@ class DQN:
 
         Steps that follow one another resemble one another. A network that learned them in order
         would fit the latest ones and forget the others. So it learns from a random mixture of old
-        and new steps.
+        and new steps. Old ones are still true: which r and s' follow after s and a depends on
+        CartPole alone. How the agent chose a does not matter, and what it would do in s' is
+        computed anew each time. (A3C cannot use old steps like this, because its V(s) is about
+        the actions that its present policy draws.)
         """
         samples = self.rng.sample(self.memory, MB_SIZE)
         agent_hists = np.array([sample.agent_hist for sample in samples])
@@ -199,27 +226,32 @@ class DQN:
         new_states = np.array([sample.new_state for sample in samples])
         done = np.array([sample.done for sample in samples])
 
-        # The history one step later: without its oldest state, and with the new one.
+        # s', the history one step later: without its oldest state, and with the new one.
         new_agent_hists = np.hstack([agent_hists[:, NUM_STATES:], new_states])
 
-        # max Q⁻(s', a'): the rewards that follow, as the target network estimates them for the
-        # better of the two actions. At the end of an episode none follow.
+        # max Q⁻(s', a'): the discounted sum of the rewards that follow, as the target network
+        # estimates it for the better of the two actions a'. After a fall no rewards follow.
         future_rewards = self._predict(self.target_Q, new_agent_hists).max(axis=1)
         future_rewards[done] = 0
 
         # The target for the action that was taken is r + γ·max Q⁻(s', a'). What the other action
-        # would have brought is not known: its target is what the target network says of it now.
+        # would have brought is not known. In the post its target is the value that the target
+        # network gives it, which holds it near there. (In the paper it does not enter the loss.)
         Y = self._predict(self.target_Q, agent_hists)
         Y[np.arange(MB_SIZE), actions] = rewards + GAMMA * future_rewards
         return agent_hists, Y
 
     def _replay(self):
-        """Draw 32 samples, and let the network learn from each of them in turn."""
+        """Draw 32 samples, and let the network learn from each of them in turn.
+
+        In the paper all 32 together make a single update.
+        """
         agent_hists, Y = self._get_samples()
         weights = self._train(tf.constant(agent_hists), tf.constant(Y))
         self.Q = [weight.numpy() for weight in weights]
 
-        # Not in the post. If any weight is not finite any more, the last bias soon is not, either.
+        # Not in the post: an error ends the run. If any weight is infinite or not a number, the
+        # last bias soon is, too.
         if not np.isfinite(self.Q[-1]).all():
             raise FloatingPointError(f"a weight is not finite after {self.steps} steps")
 
@@ -231,9 +263,10 @@ class DQN:
         returned because reading them from the Keras network takes as long as all 32 updates.
         """
         for i in tf.range(MB_SIZE):
+            agent_hist = agent_hists[i][tf.newaxis]                     # (1, 16), a batch of one
             with tf.GradientTape() as tape:
-                q = self.model(agent_hists[i][tf.newaxis])[0]           # (2,)
-                loss = tf.reduce_mean(tf.square(Y[i] - q))              # Keras' "mse"
+                q = self.model(agent_hist)[0]                           # (2,)
+                loss = tf.reduce_mean(tf.square(Y[i] - q))              # "mse" over both actions
             gradients = tape.gradient(loss, self.model.trainable_variables)
             self.optimizer.apply(gradients)
         return [tf.convert_to_tensor(weight) for weight in self.model.weights]
@@ -241,7 +274,10 @@ class DQN:
     # -- 3.5 Learning
 
     def learn(self):
-        """Play episodes, and learn at each step. Paper: Algorithm 1."""
+        """Play episodes, and learn at each step, until learning is over. Paper: Algorithm 1.
+
+        Learning is over after the last episode: `finish_episode` counts them.
+        """
         while not self.progress.stop.is_set():
             state, _ = self.env.reset()
             agent_hist = collections.deque([state], maxlen=AGENT_HIST_LEN)
@@ -256,11 +292,11 @@ class DQN:
                 new_state, reward, terminated, truncated, _ = self.env.step(action)
                 self.steps += 1
 
-                # Remember it, and learn from 32 of all remembered steps. Not in the post: only a
-                # fall (terminated) counts as an end there, not the time limit (truncated). Where
-                # the time limit stops an episode the pole still stands, and the same history may
-                # occur in the midst of another episode. Its target would be 1 in the one case, and
-                # up to 1 + γ + γ² + … = 100 in the other.
+                # Remember it, and learn from 32 of all remembered steps.
+                # Not in the post: what is remembered as `done` is a fall (terminated), but not the
+                # time limit (truncated). At the time limit the pole still stands, and the same
+                # history may occur in the midst of another episode. With the post's rule its target
+                # would be 1 at the time limit, and up to 100 elsewhere. No network can learn both.
                 if len(agent_hist) == AGENT_HIST_LEN:
                     self._remember(agent_hist, action, reward, new_state, terminated)
                     self._replay()
@@ -275,14 +311,14 @@ class DQN:
                 if self.progress.stop.is_set():     # not in the post: after Ctrl-C
                     return
                 agent_hist.append(new_state)
-            self.finish_episode(step + 1)
+            self.finish_episode(step + 1)           # the score: each step has had the reward 1
 
     def finish_episode(self, score):
         """Record an episode. If the last ten were the best so far, keep what they have learned.
 
         Not in the post. DQN learns and forgets again, often within a few episodes, so it matters
-        when its weights are taken. What is handed over is the mean of ten sets of weights: those of
-        the target network at the end of each of the ten episodes in a row that lasted longest.
+        which weights are kept. It is the mean of ten target networks: those at the end of each of
+        the ten episodes in a row that lasted longest.
         """
         self.last_scores.append(score)
         self.last_targets.append(self.target_Q)
@@ -294,7 +330,7 @@ class DQN:
         episode = len(self.progress.history) + 1
         self.progress.finish_episode("DQN", episode, score, mean, self.steps, self.is_learned)
 
-    # -- 4. What came of it
+    # -- 4. Looking at what was learned
 
     def plot_training_scores(self, path):
         """Draw the score of each episode, and the mean of all scores until then."""
@@ -310,8 +346,9 @@ class DQN:
         axes.figure.savefig(path)
 
     def run(self, env):
-        """Play one episode with what was handed over, never at random, and return its score."""
+        """Play one episode with the weights that were kept, never at random. Return its score."""
         state, _ = env.reset()
+        # As in the post, the history starts as four times the first state.
         agent_hist = collections.deque([state] * AGENT_HIST_LEN, maxlen=AGENT_HIST_LEN)
         score = 0
         done = False
@@ -325,22 +362,22 @@ class DQN:
 
 
 def main(argv=None):
-    """Learn, keep what came of it, then test and film it. Return the exit status."""
+    """Learn and keep the weights, then test and film them. Return the exit status."""
     parser = base.make_parser("Learn CartPole with DQN, then film what was learned.",
                               "movie/dqn_cartpole")
     parser.add_argument("--episodes", default=N_EPISODES, type=base.positive,
-                        help="episodes of learning")
+                        help="episodes of learning at most")
     args = base.check_options(parser, parser.parse_args(argv))
 
     dqn = DQN(args.episodes, args.seed)
     if args.play:
         dqn.best = base.load_weights(dqn.model, args.play)
     else:
-        learn(dqn, args)
+        learn_and_keep(dqn, args)
         if dqn.progress.failed:
             return 1
 
-    # What was handed over is tested even if the rule was not met, because few runs meet it.
+    # The weights are tested even if the rule was not met, because not all runs meet it.
     env = gym.make(ENV, disable_env_checker=True, render_mode="rgb_array")
     env.reset(seed=dqn.rng.getrandbits(31))
     env = base.film(env, args.out, "DQN", args.render)
@@ -349,7 +386,7 @@ def main(argv=None):
     return 0 if args.play or dqn.is_learned else 1
 
 
-def learn(dqn, args):
+def learn_and_keep(dqn, args):
     """Let the agent learn in a thread, show its progress, and keep what came of it."""
     try:
         base.run_threads({"DQN": dqn.learn}, dqn.progress, args.log)
