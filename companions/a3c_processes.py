@@ -1,43 +1,52 @@
-"""A3C with processes that share memory, so that every core of one machine learns.
+"""A3C with processes that share memory, so that all cores of a machine learn together.
 
-Each process plays CartPole with a copy θ' of the shared weights θ, and computes a gradient after
-50 steps, or when an episode ends. θ lies in memory that belongs to all processes. Each process
-changes θ there by its own gradient, at once and without a lock, and copies it again.
+Python runs the threads of a program one at a time, so those of a3c_cartpole.py use one core.
+Processes run at the same time, but each has a memory of its own. So here the weights θ of the
+network lie in a piece of memory that belongs to all processes. Each process copies θ, plays up to
+50 steps of a CartPole of its own with the copy θ', computes a gradient from them, and changes θ by
+it, at once and without a lock.
 
     python -m companions.a3c_processes          # eight processes; --num-process N for others
+
+Read a3c_cartpole.py, the main file, first: it explains actor, critic and advantage.
+
+To understand             read
+the shared memory         share_memory; then learn, which makes it, and run_process, which maps it
+the loop of a process     train: the numbers 1. to 5. stand in the order of the post's `train`
+the network, the loss     Policy, then compute_loss
+writing without a lock    Policy.sync reads θ, AsyncRMSprop.step writes it
+All of A3C stands above the line "Not needed to understand A3C". At first, skip the quick start
+before the imports, pack(), unpack() and compile_gradient().
+
+Symbols: θ all weights of the shared network; θ' a process's copy; V(s) the value of the state s,
+which is the sum of the discounted rewards that the critic expects from s on; R the sum that came,
+here called a return, as in the post.
+Shapes: W weights of the network (19 075), T steps of a rollout (at most 50), F numbers in the
+frames that the network sees together (4 frames of 4 numbers, 16).
 
 This is the program of rarilurelo's post 「PyTorchでA3C」 (2017), whose repository is
 https://github.com/rarilurelo/pytorch_a3c (commit c36074b is of the same day), with Keras and
 TensorFlow in place of PyTorch. "The paper" is Mnih et al., 2016, https://arxiv.org/abs/1602.01783.
 
-To understand            read
-the loop of a process    train: the numbers 1. to 5. stand in the order of the post's `train`
-the shared memory        share_memory, then learn, where it is made, and run_process
-writing without a lock   Policy.sync reads θ, AsyncRMSprop.step writes it
-the network, the loss    Policy, then compile_gradient
-
 What differs from the post, and is needed to read the code:
 - All weights are one vector, as in the main file, and lie in a RawArray that NumPy maps. The post
   explains this way, and then lets PyTorch's share_memory do it. TensorFlow has nothing like it.
 - A process plays in NumPy, and TensorFlow computes the gradient from the states afterwards. The
-  post keeps what it computed while playing, and goes back through it.
+  post keeps what PyTorch computed while playing, and goes back through it.
 - The policy loss is written out with log p. PyTorch had `reinforce` for it, and has it no more.
 What the post has wrong:
 - In its repository each process makes the mean square of RMSProp for itself, so it is not shared.
   (Its author corrected this a month later.)
 - All its processes draw the same random numbers, because they are copies of one that was seeded.
 - Its learning rate becomes negative if a process comes late, after the last step.
-- `--gamma`, the variable `step` and the list `observations` have no effect there. Here the list
-  holds the states in which the actions were chosen, and the gradient is computed from them.
+- `--gamma`, the variable `step` and the list `observations` have no effect there. The list holds
+  the states that follow the actions. Here it holds those in which the actions were chosen, because
+  the gradient is computed from them.
 What is added for convenience:
-- Learning ends by the main file's rule, with the mean of ten θ'. An error in one process ends it,
-  too. The test takes the most probable action, and belongs to the same run.
+- Learning ends when the last ten episodes of a process had more than 199 steps on average. The mean
+  of the ten θ' of these episodes is kept, as in the main file.
+- An error in one process ends the run. The test is part of it, and takes the more probable action.
 - The processes start quickly, because TensorFlow is imported once for all of them.
-
-Symbols: θ all weights of the shared network; θ' a process's copy; V(s) the value of the state s.
-R the discounted sum of the rewards that follow, here called a return, as in the post.
-Shapes: W weights of the network (19 075), T steps of a rollout (at most 50), F numbers in the
-frames that the network sees together (4 frames of 4 numbers, 16).
 """
 import argparse
 import collections
@@ -57,10 +66,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # to run it 
 # The threads that NumPy would start would only take time from the other processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Not in the post: a quick start. It takes seconds to import TensorFlow, and each process would have
-# to. A "forkserver" is a process that imports it once and then makes the others as copies of
-# itself. It is started here, before the imports below, so that both import at the same time. Only
-# Linux is sure to have it. Elsewhere each process is a new Python ("spawn").
+# Not in the post, and not needed to understand A3C: a quick start. Each process needs TensorFlow,
+# and to import it takes seconds. A "forkserver" is a process that imports it once and then makes
+# the others as copies of itself. It is started here, before the imports below, so that both import
+# at the same time. Only Linux is sure to have it. Elsewhere each process is a new Python ("spawn").
 if sys.platform == "linux":
     from multiprocessing import forkserver
     START_METHOD = "forkserver"
@@ -81,13 +90,36 @@ import numpy as np
 import tensorflow as tf
 
 NAME = "a3c_processes"
+
+# -- the game
 ENV = "CartPole-v0"
 LIMIT = 200             # steps of an episode, at most
 NUM_ACTIONS = 2
 DIM_OBS = 4             # numbers in one frame
 
+# -- the post's constants. All but GAMMA and ALPHA are defaults of options: `args` has the value.
+NUM_PROCESS = 8
+LOCAL_T_MAX = 50        # steps of a rollout, at most; paper: t_max
+FRAME_NUM = 4           # frames that the network sees together
 GAMMA = .99             # γ: a reward k steps ahead counts γ^k
+V_LOSS_COEFF = .5       # coefficient of the value loss
+ENTROPY_BETA = .01      # coefficient of the entropy
+LR = 1.1e-3             # learning rate at the first step
+EPOCH = 10_000_000      # steps of all processes together, at most (these are no epochs of Keras)
 ALPHA = .99             # how much of its mean of squared gradients RMSProp keeps at each update
+EPS = .1                # keeps the divisors of RMSProp and of the returns, and the argument of the
+                        # entropy's logarithm, away from 0
+
+
+def share_memory(array):
+    """Copy an array to memory that processes can share. Post: 「Pythonのmultiprocessing」.
+
+    Returns a RawArray, which a process can be given when it starts. There np.frombuffer makes a
+    NumPy array of it without a copy: what one process writes, all others read.
+    """
+    shared = mp.RawArray(np.ctypeslib.as_ctypes_type(array.dtype), len(array))
+    np.frombuffer(shared, array.dtype)[:] = array
+    return shared
 
 
 class Policy:
@@ -109,7 +141,7 @@ class Policy:
         self.model = keras.Model(l_input, [p, v], name=NAME)
         weights = self.model.get_weights()      # a list: kernel, bias, kernel, bias, ...
         self.shapes = [weight.shape for weight in weights]
-        self.sync(self.pack(weights))
+        self.sync(self.pack(weights))           # the first θ' are the model's random weights
 
     @staticmethod
     def linear(x, size, activation, name):
@@ -131,20 +163,20 @@ class Policy:
         new. That does no harm, because one update changes θ very little.
         """
         self.theta = global_theta.copy()
-        self.weights = self.unpack(self.theta, np.reshape)
+        self.weights = self.unpack(self.theta)
 
     @staticmethod
     def pack(weights):
         """Join kernels and biases into one vector (W,)."""
         return np.concatenate([weight.ravel() for weight in weights])
 
-    def unpack(self, theta, reshape):
-        """Cut a vector (W,) into kernels and biases, by np.reshape or, for a tensor, tf.reshape."""
+    def unpack(self, theta):
+        """Cut a vector (W,) into kernels and biases."""
         weights = []
         start = 0
         for shape in self.shapes:
             end = start + math.prod(shape)
-            weights.append(reshape(theta[start:end], shape))
+            weights.append(theta[start:end].reshape(shape))
             start = end
         return weights
 
@@ -152,7 +184,7 @@ class Policy:
         """The frames x (F,) → p of each action (2,) and V, a number. Post: `forward`.
 
         In NumPy, because for a single state this is 100 times as fast as asking Keras. It must
-        agree with the model.
+        agree with the model: change both together.
         """
         fc1_kernel, fc1_bias, fc2_kernel, fc2_bias, p_kernel, p_bias, v_kernel, v_bias = \
             self.weights
@@ -163,6 +195,16 @@ class Policy:
         p = exp_z / exp_z.sum()                             # softmax
         v = x @ v_kernel + v_bias
         return p, v[0]
+
+    def network(self, theta, observations):
+        """The same in TensorFlow, to learn: observations (T, F) → p (T, 2) and V (T, 1).
+
+        All are tensors. Keras calls a model "stateless" if the weights come from outside.
+        """
+        parts = tf.split(theta, [math.prod(shape) for shape in self.shapes])
+        weights = [tf.reshape(part, shape) for part, shape in zip(parts, self.shapes)]
+        outputs, _ = self.model.stateless_call(weights, [], observations)
+        return outputs
 
 
 class AsyncRMSprop:
@@ -175,6 +217,8 @@ class AsyncRMSprop:
 
     def step(self, lr, gradient):
         """Change θ by a gradient (W,), in the shared memory itself and without a lock.
+
+        RMSProp divides the gradient of each weight by its usual size.
 
         `-=` reads θ, subtracts, and writes. If two processes do so at the same moment, the change
         of one of them is lost for some of the weights. The next gradients make up for it.
@@ -218,8 +262,10 @@ class StackEnv:
 def train(rank, global_theta, local_policy, optimizer, env, global_t, report, args):
     """Learn until all processes together have made `args.epoch` steps. Post: `train`.
 
-    `global_t` (1,) counts the steps in shared memory, without a lock, too. Raises
-    FloatingPointError if a gradient is not finite, before it changes θ.
+    `global_theta` (W,) is θ, and `global_t` (1,) counts the steps. Both lie in shared memory, and
+    both are changed without a lock. Usually the program ends this process much earlier, because one
+    of the processes has learned. Raises FloatingPointError if a gradient is not finite, before it
+    changes θ.
     """
     compute_gradient = compile_gradient(local_policy, args)
     # Not in the post: each process has random numbers of its own.
@@ -231,7 +277,7 @@ def train(rank, global_theta, local_policy, optimizer, env, global_t, report, ar
         # 1. Copy the shared weights: θ' ← θ.
         local_policy.sync(global_theta)
 
-        # 2. Play local_t_max steps, or fewer if the episode ends.
+        # 2. Play local_t_max steps, or fewer if the episode ends. This is a rollout.
         observations = []
         actions = []
         rewards = []
@@ -262,7 +308,7 @@ def train(rank, global_theta, local_policy, optimizer, env, global_t, report, ar
             returns.insert(0, R)
         returns = normalise(np.array(returns, np.float32), args.eps)
 
-        # 4. Compute the gradient at θ'.
+        # 4. Compute the gradient of the loss at θ'. Other processes may have changed θ meanwhile.
         gradient = compute_gradient(
             tf.constant(local_policy.theta), tf.constant(np.array(observations)),
             tf.constant(actions), tf.constant(returns)).numpy()
@@ -276,43 +322,46 @@ def train(rank, global_theta, local_policy, optimizer, env, global_t, report, ar
 
 
 def normalise(returns, eps):
-    """Give the returns (T,) of a rollout a mean of 0 and a standard deviation of 1.
+    """Give the returns (T,) of a rollout a mean of 0 and a standard deviation near 1.
 
-    So V learns what is above or below the average of a rollout. Then V(s'), with which R begins, is
-    on another scale than the rewards that are added to it. This is the post's rule. It learns, but
-    so does a program without it.
+    So V learns how a return compares with the others of its rollout. But then V(s'), with which R
+    begins, is on another scale than the rewards that are added to it. This is the post's rule. It
+    learns, but so does a program without it.
     """
     if len(returns) == 1:
         return returns
     return (returns - returns.mean()) / (returns.std(ddof=1) + eps)
 
 
+def compute_loss(p, v, actions, returns, args):
+    """The post's loss, a sum over a rollout: p (T, 2), V (T,), actions (T,), returns (T,)."""
+    advantage = returns - v     # how much better it went than the critic expected
+
+    # The actor: make actions with a positive advantage more likely, others less. The advantage is
+    # a constant here. Post: `a.reinforce(r - v.data)`.
+    p_action = tf.gather(p, actions, axis=1, batch_dims=1)      # p of the action that was chosen
+    log_prob = tf.math.log(p_action + 1e-10)
+    policy_loss = -tf.reduce_sum(log_prob * tf.stop_gradient(advantage))
+
+    # The critic: move V towards the return.
+    v_loss = .5 * args.v_loss_coeff * tf.reduce_sum(advantage ** 2)
+
+    # The post's `entropy` is Σ p·log p, which is minus the entropy. To make it small keeps the
+    # policy from settling too early.
+    entropy = args.entropy_beta * tf.reduce_sum(p * tf.math.log(p + args.eps))
+
+    return policy_loss + v_loss + entropy
+
+
 def compile_gradient(policy, args):
-    """Compile the function that computes the gradient of the post's loss, for any T."""
+    """Compile a function that computes the gradient (W,) of the loss at θ' (W,), for any T."""
 
     def gradient(theta, observations, actions, returns):
-        """θ' (W,), observations (T, F), actions (T,), returns (T,) → gradient (W,)."""
         # The tape records what is computed inside `with`, to find the gradient of it.
         with tf.GradientTape() as tape:
             tape.watch(theta)
-            weights = policy.unpack(theta, tf.reshape)
-            (p, v), _ = policy.model.stateless_call(weights, [], observations)  # (T, 2), (T, 1)
-            advantage = returns - v[:, 0]       # how much better it went than V expected
-
-            # The actor: make actions with a positive advantage more likely, others less. The
-            # advantage is a constant here. Post: `a.reinforce(r - v.data)`.
-            p_action = tf.gather(p, actions, axis=1, batch_dims=1)
-            log_prob = tf.math.log(p_action + 1e-10)
-            policy_loss = -tf.reduce_sum(log_prob * tf.stop_gradient(advantage))
-
-            # The critic: move V towards the return.
-            v_loss = .5 * args.v_loss_coeff * tf.reduce_sum(advantage ** 2)
-
-            # The post's `entropy` is Σ p·log p, which is minus the entropy. To make it small keeps
-            # the policy from settling too early.
-            entropy = args.entropy_beta * tf.reduce_sum(p * tf.math.log(p + args.eps))
-
-            loss = policy_loss + v_loss + entropy
+            p, v = policy.network(theta, observations)
+            loss = compute_loss(p, v[:, 0], actions, returns, args)
         return tape.gradient(loss, theta)
 
     # autograph would translate Python's loops and `if`s, of which there are none.
@@ -321,78 +370,55 @@ def compile_gradient(policy, args):
         tf.TensorSpec([None], tf.int32), tf.TensorSpec([None]))
 
 
-def share_memory(array):
-    """Copy an array to memory that processes can share. Post: `share_memory`.
+def learn(policy, args):
+    """Let processes learn, and keep the results. Return True if they have learned.
 
-    Returns a RawArray, which a process can be given when it starts. There np.frombuffer makes a
-    NumPy array of it without a copy: what one process writes, all others read.
+    Post: what stands below `if __name__ == '__main__'`. `policy` gives the first weights, and gets
+    those that are kept.
     """
-    shared = mp.RawArray(np.ctypeslib.as_ctypes_type(array.dtype), len(array))
-    np.frombuffer(shared, array.dtype)[:] = array
-    return shared
+    # What all processes share.
+    theta = share_memory(policy.theta)
+    mean_square = share_memory(np.zeros_like(policy.theta))
+    global_t = share_memory(np.zeros(1, np.int64))
+
+    progress = base.Progress(ENV, max_episodes=math.inf)
+    workers = {}                        # of each name: a process, as this program sees it
+    context = mp.get_context(START_METHOD)
+    try:
+        with base.no_interruption():    # new processes inherit it, and are not interrupted
+            for rank in range(args.num_process):
+                messages, sender = context.Pipe(duplex=False)       # from the process to here
+                process = context.Process(
+                    target=run_process, args=(rank, theta, mean_square, global_t, sender, args),
+                    name=f"process_{rank}", daemon=True)
+                process.start()         # from here on run_process goes on by itself
+                sender.close()          # now only the process has it, so its death closes the pipe
+                workers[process.name] = Worker(process, messages, policy, progress, args)
+        watch(workers, progress, args.log)      # shows the episodes until learning is over
+    finally:
+        with base.no_interruption():
+            end_processes(workers)
+            is_learned = keep_results(workers, progress, policy, int(global_t[0]), args)
+    return is_learned
 
 
 def run_process(rank, theta, mean_square, global_t, messages, args):
     """Run in a process of its own: map the shared memory, make what is not shared, and train."""
-    # A terminal sends Ctrl-C to all processes. The parent obeys, and then ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
+    with guard(messages):       # sends an error to the program
+        # The shared memory, as arrays.
         global_theta = np.frombuffer(theta, np.float32)
+        global_mean_square = np.frombuffer(mean_square, np.float32)
         global_t = np.frombuffer(global_t, np.int64)
-        optimizer = AsyncRMSprop(global_theta, np.frombuffer(mean_square, np.float32), args.eps)
+
+        # What belongs to this process alone.
         local_policy = Policy(NUM_ACTIONS, DIM_OBS, args.frame_num)
+        optimizer = AsyncRMSprop(global_theta, global_mean_square, args.eps)
         env = StackEnv(make_env(), args.frame_num)
         report = Report(rank, messages, args.save_mode)
         train(rank, global_theta, local_policy, optimizer, env, global_t, report, args)
-    except Exception:
-        with contextlib.suppress(OSError):      # the parent is gone, and nobody listens
-            messages.send(traceback.format_exc())
 
 
-def learn(policy, args):
-    """Let processes learn; give `policy` the weights to keep. Return True if they have learned.
-
-    Post: what stands below `if __name__ == '__main__'`.
-    """
-    theta = share_memory(policy.theta)
-    mean_square = share_memory(np.zeros_like(policy.theta))
-    global_t = share_memory(np.zeros(1, np.int64))
-    progress = base.Progress(ENV, max_episodes=math.inf)
-    workers = {}
-    is_learned = False
-    try:
-        with base.no_interruption():        # new processes inherit it, and are not interrupted
-            for rank in range(args.num_process):
-                name = f"process_{rank}"
-                workers[name] = Worker(name, rank, theta, mean_square, global_t, policy, progress,
-                                       args)
-
-        # Wait until the first process has played an episode, or has failed. Only then does the
-        # clock of the summary start, because until then nothing has been learned.
-        connection.wait([worker.messages for worker in workers.values()])
-        base.run_threads({name: worker.follow for name, worker in workers.items()}, progress,
-                         args.log)
-    finally:
-        with base.no_interruption():
-            for worker in workers.values():
-                worker.process.kill()       # it has no files and no locks to put in order
-            for worker in workers.values():
-                worker.process.join()
-
-            # The first episode that meets the rule is the last of the history. Its process hands
-            # over the weights. If there is none, process 0 does, as in the post.
-            keeper = "process_0"
-            if progress.history and progress.history[-1].mean_of_last_10 > LIMIT - 1:
-                is_learned = True
-                keeper = progress.history[-1].thread
-            if keeper in workers:
-                policy.sync(workers[keeper].kept)
-            policy.model.set_weights(policy.weights)
-            base.keep({NAME: policy.model}, progress, is_learned, int(global_t[0]),
-                      f"A3C on {ENV}, {args.num_process} processes", args.out)
-    return is_learned
-
+# == Not needed to understand A3C: the test, options, what processes tell the program, faults ======
 
 def main(argv=None):
     """Learn, keep what was learned, play with it; return the exit status."""
@@ -422,27 +448,26 @@ def play(policy, env):
     return steps
 
 
-# -- Not in the post: options, and what the parent and the processes say to each other.
-
 def read_options(argv):
     """Read the command line. The defaults are the post's."""
     parser = base.make_parser("Learn CartPole with A3C in processes, then film what was learned.",
                               f"movie/{NAME}")
-    parser.add_argument("--num-process", type=base.positive, default=8, help="processes that learn")
-    parser.add_argument("--local-t-max", type=base.positive, default=50,
+    parser.add_argument("--num-process", type=base.positive, default=NUM_PROCESS,
+                        help="processes that learn")
+    parser.add_argument("--local-t-max", type=base.positive, default=LOCAL_T_MAX,
                         help="steps between two updates, at most")
-    parser.add_argument("--entropy-beta", type=number, default=.01,
+    parser.add_argument("--entropy-beta", type=number, default=ENTROPY_BETA,
                         help="coefficient of the entropy")
-    parser.add_argument("--v-loss-coeff", type=number, default=.5,
+    parser.add_argument("--v-loss-coeff", type=number, default=V_LOSS_COEFF,
                         help="coefficient of the value loss")
-    parser.add_argument("--frame-num", type=base.positive, default=4,
+    parser.add_argument("--frame-num", type=base.positive, default=FRAME_NUM,
                         help="frames that the network sees together")
-    parser.add_argument("--lr", type=number, default=1.1e-3,
+    parser.add_argument("--lr", type=number, default=LR,
                         help="learning rate at the first step")
-    parser.add_argument("--eps", type=number, default=.1,
+    parser.add_argument("--eps", type=number, default=EPS,
                         help="is added to the divisors of RMSProp and of the returns, and inside"
                              " the logarithm of the entropy")
-    parser.add_argument("--epoch", type=base.positive, default=10_000_000,
+    parser.add_argument("--epoch", type=base.positive, default=EPOCH,
                         help="steps of all processes, at most; the learning rate is 0 then")
     parser.add_argument("--save-mode", choices=["all", "last", "max"], default="max",
                         help="which weights of process 0 to keep if the run does not learn: of its"
@@ -497,24 +522,68 @@ class Report:
         self.messages.send((sum_rewards, mean, global_t, kept))
 
 
+@contextlib.contextmanager
+def guard(messages):
+    """Run what stands in the `with` in a process of its own: only its parent can interrupt it.
+
+    An error is sent to the parent, as text.
+    """
+    # A terminal sends Ctrl-C to all processes. The parent obeys, and then ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OSError):      # the parent is gone, and nobody listens
+            messages.send(traceback.format_exc())
+
+
+def watch(workers, progress, log):
+    """Show the episodes of all processes until learning is over."""
+    # Wait until the first process has played an episode, or has failed. Only then does the clock of
+    # the summary start, because until then nothing has been learned.
+    connection.wait([worker.messages for worker in workers.values()])
+    base.run_threads({name: worker.follow for name, worker in workers.items()}, progress, log)
+
+
+def end_processes(workers):
+    """End all processes, and wait for their end."""
+    for worker in workers.values():
+        worker.process.kill()       # it has no files and no locks to put in order
+    for worker in workers.values():
+        worker.process.join()
+
+
+def keep_results(workers, progress, policy, steps, args):
+    """Give `policy` the weights to keep, save them, and say how it went. Return True if learned."""
+    # The first episode that meets the rule is the last of the history. Its process hands over the
+    # weights. If there is none, process 0 does, as in the post.
+    is_learned = False
+    keeper = "process_0"
+    if progress.history and progress.history[-1].mean_of_last_10 > LIMIT - 1:
+        is_learned = True
+        keeper = progress.history[-1].thread
+    if keeper in workers:
+        policy.sync(workers[keeper].kept)
+    policy.model.set_weights(policy.weights)
+    base.keep({NAME: policy.model}, progress, is_learned, steps,
+              f"A3C on {ENV}, {args.num_process} processes", args.out)
+    return is_learned
+
+
 class Worker:
     """A process, as its parent sees it."""
 
-    def __init__(self, name, rank, theta, mean_square, global_t, policy, progress, args):
-        self.name = name
+    def __init__(self, process, messages, policy, progress, args):
+        self.name = process.name
+        self.process = process
+        self.messages = messages        # the pipe from the process
         self.policy = policy
         self.progress = progress
         self.save_all = args.save_mode == "all"
         self.out = args.out
         self.episodes = 0
         self.kept = policy.theta        # the weights (W,) that this process wants to be kept
-        context = mp.get_context(START_METHOD)
-        self.messages, sender = context.Pipe(duplex=False)
-        self.process = context.Process(
-            target=run_process, args=(rank, theta, mean_square, global_t, sender, args),
-            name=name, daemon=True)
-        self.process.start()
-        sender.close()      # now only the process has this end, so its death closes the pipe
 
     def follow(self):
         """Record the episodes of the process, until learning is over or the process has ended."""
@@ -539,7 +608,7 @@ class Worker:
         if is_counted and kept is not None:
             self.kept = kept
             if self.save_all:
-                self.policy.model.set_weights(self.policy.unpack(kept, np.reshape))
+                self.policy.model.set_weights(self.policy.unpack(kept))
                 base.save_weights(self.policy.model, self.out / f"{NAME}.{global_t}.weights.h5")
 
     def explain_end(self):
