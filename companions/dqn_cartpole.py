@@ -17,7 +17,7 @@ state, history    A state (4,) is what CartPole shows at one step. A history (16
 s, a, r, s'       The network sees histories, so s is a history, and s' the one a step later. a is
                   the action, and r the reward, which is 1 for each step.
 γ                 the discount
-Q, Q⁻             what the network says, and what the target network says
+Q, Q⁻             what the network says, and what the target network says (post and paper: Q̂)
 fall              The pole leans too far, or the cart leaves the track: Gymnasium's `terminated`.
                   The time limit ends an episode, too: `truncated`.
 B                 in shapes: rows of a batch
