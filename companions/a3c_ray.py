@@ -11,29 +11,36 @@ and the workers call its methods through Ray (https://docs.ray.io).
 
 Read a3c_cartpole.py first. Its WorkerThread, Environment, Agent and LocalBrain run here unchanged.
 In the main file, they reach the parameter server as an object in memory. Here they reach a
-RemoteServer, which has the same attributes and methods, but passes calls on to another process.
+RemoteServer, which has the same attributes and methods, but passes calls on to the server's
+process. One update, with the numbers of the main file:
+
+    a worker's process                                      the server's process
+    6. LocalBrain computes a gradient with θ'
+    7. RemoteServer.apply_gradient    gradient, steps →     8. Server.update changes θ
+       RemoteServer.take           ← θ, updates, frames        and answers
+    9. LocalBrain copies this θ: θ' ← θ
+
+Words of Ray: an actor is a process that holds one object and runs its methods when other processes
+call them. Here the server is one, and each worker. A handle stands for an actor in the processes
+that call it. The driver is this program, which you start and which shows the progress.
 
 To understand                   read
 what a worker sends and gets    RemoteServer.apply_gradient, then Server.update
 what runs in its process        Worker.run
-how the processes start         Driver.start_server, Driver.start_workers, then start_ray
-what happens if one is lost     ask and Server.call, then Driver.run and Driver.follow
-
-Words of Ray: the driver is this program, which you start and which shows the progress. An actor is
-a process that holds one object and runs its methods when other processes call them: here the
-Server, and each Worker. A node is a machine of the cluster.
+how a class becomes a process   start_server, start_workers
+what happens if one is lost     call_server, SafeServer.call, then Driver. All this stands below the
+                                line "Not needed to understand A3C with Ray".
 
 What differs from the main file:
-- A worker sees the steps and updates of the others only when it has called the server: before its
-  first step, and after each of its gradients. Meanwhile it counts only its own.
-- The server answers one call at a time, so its locks never make anyone wait.
+- A worker learns of the steps and updates of the others only from the server's answers: before its
+  first step, and after each of its gradients. Meanwhile it counts only its own steps.
+- The server runs one call at a time, so two gradients never meet, and its locks are always free.
 - A worker begins as soon as its process is ready. It does not wait for the other workers.
 - A lost worker is started anew. It begins with an empty queue and with its first episode.
 - --seed fixes the first weights and what each worker draws, but not the order in which gradients
   arrive. So a run repeats only with one worker.
 """
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -56,8 +63,185 @@ except ImportError:
     ray = None          # main says how to install it
 
 NAME = "a3c_ray"
-MAX_WORKERS_HERE = 8        # on a single machine, unless --workers says otherwise
 MAX_RESTARTS = 3            # how often Ray may start a lost worker anew
+
+
+class Server(base.ParameterServer):
+    """The parameter server. It inherits θ, apply_gradient and take_over from the main file.
+
+    Another process cannot read its attributes. It can only call its methods, and gets a copy of
+    what they return. So `update` also returns everything that a worker must know to play on.
+    """
+
+    def update(self, gradient, updates_at_pull, steps):
+        """Apply a worker's gradient (W,), before which it played so many steps. Return the state.
+
+        `updates_at_pull` says after how many updates the worker had got the θ that it used.
+        """
+        self.frames += steps
+        self.apply_gradient(gradient, updates_at_pull)      # 8. θ changes
+        return self.state()
+
+    def state(self):
+        """Return what a worker must know before it plays on."""
+        is_over = self.progress.stop.is_set()
+        return self.theta, self.updates, self.frames, is_over
+
+    def finish_episode(self, *episode):
+        """Record an episode. Return False if learning was over. See Progress.finish_episode."""
+        return self.progress.finish_episode(*episode)
+
+
+class RemoteServer(base.ParameterServer):
+    """Stands in for the parameter server in a worker's process.
+
+    Environment, Agent and LocalBrain read its θ, updates, frames and progress, as they would read
+    those of the parameter server. What would change the parameter server is passed on to it.
+    """
+
+    def __init__(self, name, server, env, seed, n_workers):
+        super().__init__(env, seed, n_workers=n_workers)    # its own first θ is not used
+        self.name = name                        # of the worker
+        self.server = server                    # the handle of the server's actor
+        self.steps_since_update = 0
+        # Environment ends an episode by progress.finish_episode. This must reach the server, too.
+        self.progress.finish_episode = self.finish_episode
+
+    def ask(self, method, *arguments):
+        """Let the server's process run one of its methods, wait for the answer, and return it.
+
+        For `update` this means `ray.get(self.server.update.remote(...))`: `remote` sends the call,
+        and `ray.get` waits for the answer. call_server also makes sure that a lost answer does no
+        harm.
+        """
+        return call_server(self.server, self.name, method, *arguments)
+
+    def join(self, is_restart):
+        """Tell the server that this worker begins, and get the first θ. See SafeServer.join."""
+        self.take(self.ask("join", self.name, is_restart))
+
+    def apply_gradient(self, gradient, updates_at_pull):
+        """7. Send a gradient (W,) to the server, and get θ (W,) as it is after the update."""
+        state = self.ask("update", gradient, updates_at_pull, self.steps_since_update)
+        self.steps_since_update = 0
+        self.take(state)
+
+    def take(self, state):
+        """Take over what the server has answered.
+
+        9. The next pull of LocalBrain copies this θ. It needs no call of its own.
+        """
+        self.theta, self.updates, self.frames, is_over = state
+        if is_over:
+            self.progress.stop.set()
+
+    def count_step(self):
+        """Count a step of this worker. The server hears of it with the next gradient."""
+        self.frames += 1
+        self.steps_since_update += 1
+
+    def finish_episode(self, *episode):
+        """Let the server record an episode. Return False if learning was over."""
+        return self.ask("finish_episode", *episode)
+
+    def take_over(self, theta):
+        """Hand the weights (W,) of this worker to the server, because it has won."""
+        self.ask("take_over", theta)
+
+
+class Worker:
+    """A worker as an actor: a process in which the main file's WorkerThread runs."""
+
+    def run(self, name, server, env, seed, n_workers):
+        """Play episodes with the classes of the main file until learning is over."""
+        remote_server = RemoteServer(name, server, env, seed, n_workers)
+        worker = base.WorkerThread(name, "learning", remote_server)     # compiles its gradient
+        # Has Ray started this process anew, because the one before was lost?
+        is_restart = ray.get_runtime_context().was_current_actor_reconstructed
+        # If the server is lost, end without an error. The driver finds it lost, too.
+        with contextlib.suppress(ray.exceptions.ActorDiedError):
+            remote_server.join(is_restart)      # the first θ
+            worker.run()                        # from here on as in the main file
+
+
+def start_server(args):
+    """M0. Start the server's process, and return its handle.
+
+    `ray.remote` makes an actor class of a class, and says what its processes need. Calling `remote`
+    on the actor class starts a process with an object of it.
+    """
+    # On the driver's own machine, if a CPU is free there.
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True)
+    # SafeServer is Server with more methods, for lost answers, lost workers and the driver.
+    actor_class = ray.remote(num_cpus=1, scheduling_strategy=here)(SafeServer)
+    return actor_class.remote(args.env, args.seed, args.max_episodes, args.workers)
+
+
+def start_workers(server, args):
+    """M1 and M2. Start the workers' processes, and let them play.
+
+    Each has a CPU of its own, and they spread over the machines. Returns the handles, without which
+    Ray would end the processes, and {call of `run`: name of the worker}.
+    """
+    # If Ray starts a lost worker anew, it also repeats the call of `run`.
+    actor_class = ray.remote(num_cpus=1, scheduling_strategy="SPREAD",
+                             max_restarts=MAX_RESTARTS, max_task_retries=-1)(Worker)
+    workers = []
+    runs = {}
+    for i in range(args.workers):
+        name = f"worker_{i + 1}"
+        worker = actor_class.remote()
+        workers.append(worker)
+        # This does not wait until `run` has ended. Each worker gets the handle of the server.
+        run = worker.run.remote(name, server, args.env, args.seed, args.workers)
+        runs[run] = name
+    return workers, runs
+
+
+def main(argv=None):
+    """Learn on all workers, keep what was learned, play with it; return the exit status."""
+    args = read_options(argv)
+
+    # The driver's own copy of the server: the main thread shows it, saves it and tests it.
+    copy = base.ParameterServer(args.env, args.seed, args.max_episodes)
+    base.check_predict_p(copy)
+    test = base.WorkerThread("test_thread", "test", copy)
+
+    # Learn, or read the weights of an earlier run.
+    if args.play:
+        copy.theta = copy.pack(base.load_weights(copy.keras_model, args.play))
+    else:
+        learn(copy, args)
+        if not copy.is_learned:
+            return 1
+
+    # Test in this process, as the main file does.
+    test.environment.env = base.film(test.environment.env, args.out, NAME, args.render)
+    with contextlib.closing(test.environment.env):
+        test.run(args.test_episodes)
+    return 0
+
+
+def learn(copy, args):
+    """Run the actors until learning is over, and keep what came of it, in `copy` and in files."""
+    with ray_started(args):
+        driver = Driver(copy, args)
+        try:
+            # Driver.run calls start_server and start_workers, and then asks the server for news,
+            # in a thread of its own. The main thread shows the progress.
+            base.run_threads({"driver": driver.run}, copy.progress, args.log)
+        finally:
+            with base.no_interruption():
+                base.keep({NAME: copy.model}, copy.progress, copy.is_learned, copy.frames,
+                          f"A3C, {args.env}, {copy.progress.workers} processes", args.out)
+                if copy.updates:
+                    base.draw_three_as(copy, args.out / "three_as.png")
+
+
+# == Not needed to understand A3C with Ray: lost processes, options, starting and ending Ray =======
+
+MAX_WORKERS_HERE = 8        # on a single machine, unless --workers says otherwise
 REPORT_SECONDS = .2         # between two reports of the server to the driver
 RETRY_SECONDS = 1           # between two attempts to reach the server
 START_SECONDS = 60          # after this time, say how many workers have started
@@ -73,14 +257,28 @@ ENVIRONMENT = {
 }
 
 
-class Server(base.ParameterServer):
-    """The parameter server as an actor. It inherits θ and apply_gradient from the main file."""
+def call_server(server, caller, method, *arguments):
+    """Let the server's process run a method, wait for the answer, and return it.
+
+    Raises ActorDiedError if the process is lost.
+    """
+    call_id = uuid.uuid4().hex
+    while True:
+        try:
+            return ray.get(server.call.remote(caller, call_id, method, *arguments))
+        except ray.exceptions.ActorUnavailableError:
+            # The connection broke, but the process may well live. Call again: see SafeServer.call.
+            time.sleep(RETRY_SECONDS)
+
+
+class SafeServer(Server):
+    """A Server that can lose answers and workers, and that reports to the driver."""
 
     def __init__(self, env, seed, max_episodes, n_workers):
         super().__init__(env, seed, max_episodes, n_workers)
+        self.last_calls = {}                    # of each caller: its last call, and the answer
         self.workers = set()                    # the names of the workers that have begun
         self.restarts = []                      # the name of a worker, each time it began anew
-        self.last_calls = {}                    # of each caller: its last call, and the answer
 
     def call(self, caller, call_id, method, *arguments):
         """Run a method. If this very call has come before, only repeat its answer.
@@ -103,21 +301,6 @@ class Server(base.ParameterServer):
             self.restarts.append(name)
         return self.state()
 
-    def update(self, gradient, updates_at_pull, steps):
-        """Apply a worker's gradient, which it computed from so many steps, and return θ."""
-        self.frames += steps
-        self.apply_gradient(gradient, updates_at_pull)
-        return self.state()
-
-    def finish_episode(self, *episode):
-        """Record an episode. Return False if learning was over. See Progress.finish_episode."""
-        return self.progress.finish_episode(*episode)
-
-    def state(self):
-        """Return what a worker must know before it plays on."""
-        is_over = self.progress.stop.is_set()
-        return self.theta, self.updates, self.frames, is_over
-
     def report(self, episodes, updates):
         """Return what is new for the driver, if it knows so many episodes and updates."""
         seconds = time.perf_counter() - self.progress.started if self.workers else 0
@@ -132,85 +315,14 @@ class Server(base.ParameterServer):
         }
 
 
-class RemoteServer(base.ParameterServer):
-    """Stands in for the parameter server in a worker's process.
-
-    Environment, Agent and LocalBrain read its θ, updates, frames and progress, as they would read
-    those of the parameter server. What would change the parameter server is passed on to it.
-    """
-
-    def __init__(self, name, server, env, seed, n_workers):
-        super().__init__(env, seed, n_workers=n_workers)    # its first θ is not used
-        self.ask = functools.partial(ask, server, name)
-        self.name = name
-        self.steps_since_update = 0
-        self.progress.finish_episode = self.finish_episode      # Environment calls it there
-
-    def join(self, is_restart):
-        """Tell the server that this worker begins, and get the first θ."""
-        self.take(self.ask("join", self.name, is_restart))
-
-    def take(self, state):
-        """Take over what the server has answered. The next pull will copy this θ."""
-        self.theta, self.updates, self.frames, is_over = state
-        if is_over:
-            self.progress.stop.set()
-
-    def count_step(self):
-        """Count a step of this worker. The server hears of it with the next gradient."""
-        self.frames += 1
-        self.steps_since_update += 1
-
-    def apply_gradient(self, gradient, updates_at_pull):
-        """Send a gradient (W,) to the server, and get θ (W,) as it is after the update."""
-        state = self.ask("update", gradient, updates_at_pull, self.steps_since_update)
-        self.steps_since_update = 0
-        self.take(state)
-
-    def finish_episode(self, *episode):
-        """Let the server record an episode. Return False if learning was over."""
-        return self.ask("finish_episode", *episode)
-
-    def take_over(self, theta):
-        """Hand the weights (W,) of this worker to the server, because it has won."""
-        self.ask("take_over", theta)
-
-
-class Worker:
-    """A worker as an actor: a process in which the main file's WorkerThread runs."""
-
-    def run(self, name, server, env, seed, n_workers):
-        """Play episodes with the classes of the main file until learning is over."""
-        remote_server = RemoteServer(name, server, env, seed, n_workers)
-        worker = base.WorkerThread(name, "learning", remote_server)     # compiles its gradient
-        # If the server is lost, end without an error. The driver finds it lost, too.
-        with contextlib.suppress(ray.exceptions.ActorDiedError):
-            remote_server.join(ray.get_runtime_context().was_current_actor_reconstructed)
-            worker.run()
-
-
-def ask(server, caller, method, *arguments):
-    """Let the server's process run a method, wait for the answer, and return it.
-
-    `remote` sends the call, and `ray.get` waits. Raises ActorDiedError if the process is lost.
-    """
-    call_id = uuid.uuid4().hex
-    while True:
-        try:
-            return ray.get(server.call.remote(caller, call_id, method, *arguments))
-        except ray.exceptions.ActorUnavailableError:
-            # The connection broke, but the process may well live. Call again: see Server.call.
-            time.sleep(RETRY_SECONDS)
-
-
 class Driver:
     """This program itself: starts the actors, and asks the server how learning goes."""
 
     def __init__(self, copy, args):
         self.copy = copy            # the driver's own ParameterServer: the server as last seen
         self.args = args
-        self.server = None          # the actor
-        self.workers = []           # actors
+        self.server = None          # the handle of the server
+        self.workers = []           # the handles of the workers
         self.runs = {}              # of each worker that has not ended: its call of `run` → name
         self.restarts = []          # the name of a worker, each time Ray started it anew
         self.late = time.perf_counter() + START_SECONDS     # by then all workers should play
@@ -218,8 +330,9 @@ class Driver:
     def run(self):
         """Start the actors, and follow them until learning is over. An error ends it, too."""
         try:
-            self.start_server()     # first, so that the workers cannot take the CPU that it needs
-            self.start_workers()
+            # The server first, so that the workers cannot take the CPU that it needs.
+            self.server = start_server(self.args)
+            self.workers, self.runs = start_workers(self.server, self.args)
             self.follow()
         except ray.exceptions.ActorDiedError as error:
             self.fail("the server", "the parameter server is lost, and with it the run:"
@@ -232,31 +345,8 @@ class Driver:
         self.copy.progress.failed = who
         print(f"error: {message}", file=sys.stderr)
 
-    def start_server(self):
-        """Start the server's process, on the driver's own machine if a CPU is free there."""
-        # `ray.remote` makes an actor class of a class, and says what its processes need. Calling
-        # `remote` on it starts a process with an object of that class.
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True)
-        actor_class = ray.remote(num_cpus=1, scheduling_strategy=here)(Server)
-        self.server = actor_class.remote(
-            self.args.env, self.args.seed, self.args.max_episodes, self.args.workers)
-
-    def start_workers(self):
-        """Start the workers' processes, each on a CPU of its own, spread over the machines."""
-        # If Ray starts a lost worker anew, it also repeats the call of `run`.
-        actor_class = ray.remote(num_cpus=1, scheduling_strategy="SPREAD",
-                                 max_restarts=MAX_RESTARTS, max_task_retries=-1)(Worker)
-        for i in range(self.args.workers):
-            name = f"worker_{i + 1}"
-            worker = actor_class.remote()
-            self.workers.append(worker)
-            run = worker.run.remote(
-                name, self.server, self.args.env, self.args.seed, self.args.workers)
-            self.runs[run] = name
-
     def follow(self):
-        """Ask the server for news until learning is over."""
+        """M3. Ask the server for news until learning is over."""
         self.wait_for_server()
         while not self.copy.progress.stop.is_set():     # set by Ctrl-C
             self.wait_for_workers(1, REPORT_SECONDS)
@@ -302,7 +392,8 @@ class Driver:
         """Bring the driver's copy of the server up to date. Return True if learning is over."""
         copy = self.copy
         progress = copy.progress
-        report = ask(self.server, "driver", "report", len(progress.history), len(copy.staleness))
+        report = call_server(
+            self.server, "driver", "report", len(progress.history), len(copy.staleness))
         copy.theta, copy.updates, copy.frames, is_over = report["state"]
         copy.is_learned = report["is_learned"]
         copy.staleness.extend(report["staleness"])
@@ -321,47 +412,6 @@ def cause_of(error):
         return str(error).strip().splitlines()[-1]
     return "its process has ended"
 
-
-def main(argv=None):
-    """Learn on all workers, keep what was learned, play with it; return the exit status."""
-    args = read_options(argv)
-
-    # The driver's own copy of the server: the main thread shows it, saves it and tests it.
-    copy = base.ParameterServer(args.env, args.seed, args.max_episodes)
-    base.check_predict_p(copy)
-    test = base.WorkerThread("test_thread", "test", copy)
-
-    # Learn, or read the weights of an earlier run.
-    if args.play:
-        copy.theta = copy.pack(base.load_weights(copy.keras_model, args.play))
-    else:
-        learn(copy, args)
-        if not copy.is_learned:
-            return 1
-
-    # Test in this process, as the main file does.
-    test.environment.env = base.film(test.environment.env, args.out, NAME, args.render)
-    with contextlib.closing(test.environment.env):
-        test.run(args.test_episodes)
-    return 0
-
-
-def learn(copy, args):
-    """Run the actors until learning is over, and keep what came of it, in `copy` and in files."""
-    with ray_started(args):
-        driver = Driver(copy, args)
-        try:
-            # The driver runs in one thread, while the main thread shows the progress.
-            base.run_threads({"driver": driver.run}, copy.progress, args.log)
-        finally:
-            with base.no_interruption():
-                base.keep({NAME: copy.model}, copy.progress, copy.is_learned, copy.frames,
-                          f"A3C, {args.env}, {copy.progress.workers} processes", args.out)
-                if copy.updates:
-                    base.draw_three_as(copy, args.out / "three_as.png")
-
-
-# == Not needed to understand how it works: options, starting and ending Ray =======================
 
 def read_options(argv):
     """Read the command line of this program."""
