@@ -3,8 +3,8 @@
 Python runs the threads of a program one at a time, so those of a3c_cartpole.py use one core.
 Processes run at the same time, but each has a memory of its own. So here the weights θ of the
 network lie in a piece of memory that belongs to all processes. Each process copies θ, plays up to
-50 steps of a CartPole of its own with the copy θ', computes a gradient from them, and changes θ by
-it, at once and without a lock.
+50 steps of a CartPole of its own with the copy θ' (a rollout), computes a gradient from them, and
+changes θ by it, at once and without a lock.
 
     python -m companions.a3c_processes          # eight processes; --num-process N for others
 
@@ -18,9 +18,9 @@ writing without a lock    Policy.sync reads θ, AsyncRMSprop.step writes it
 All of A3C stands above the line "Not needed to understand A3C". At first, skip the quick start
 before the imports, pack(), unpack() and compile_gradient().
 
-Symbols: θ all weights of the shared network; θ' a process's copy; V(s) the value of the state s,
-which is the sum of the discounted rewards that the critic expects from s on; R the sum that came,
-here called a return, as in the post.
+Symbols: θ all weights of the shared network; θ' a process's copy; p the probability of each action;
+V(s) what the critic expects of the state s; R the discounted sum of the rewards that came after s
+in the rollout and, if the episode goes on then, of V of the next state. The post calls it a return.
 Shapes: W weights of the network (19 075), T steps of a rollout (at most 50), F numbers in the
 frames that the network sees together (4 frames of 4 numbers, 16).
 
@@ -218,7 +218,8 @@ class AsyncRMSprop:
     def step(self, lr, gradient):
         """Change θ by a gradient (W,), in the shared memory itself and without a lock.
 
-        RMSProp divides the gradient of each weight by its usual size.
+        RMSProp divides the gradient of each weight by its usual size. Where that is far below eps,
+        eps is the divisor, so that small gradients make small changes.
 
         `-=` reads θ, subtracts, and writes. If two processes do so at the same moment, the change
         of one of them is lost for some of the weights. The next gradients make up for it.
@@ -263,9 +264,10 @@ def train(rank, global_theta, local_policy, optimizer, env, global_t, report, ar
     """Learn until all processes together have made `args.epoch` steps. Post: `train`.
 
     `global_theta` (W,) is θ, and `global_t` (1,) counts the steps. Both lie in shared memory, and
-    both are changed without a lock. Usually the program ends this process much earlier, because one
-    of the processes has learned. Raises FloatingPointError if a gradient is not finite, before it
-    changes θ.
+    both are changed without a lock. Usually the parent, which is the program that you start, ends
+    this process much earlier, because one of the processes has learned.
+
+    Raises FloatingPointError if a gradient is not finite, before it changes θ.
     """
     compute_gradient = compile_gradient(local_policy, args)
     # Not in the post: each process has random numbers of its own.
@@ -277,7 +279,7 @@ def train(rank, global_theta, local_policy, optimizer, env, global_t, report, ar
         # 1. Copy the shared weights: θ' ← θ.
         local_policy.sync(global_theta)
 
-        # 2. Play local_t_max steps, or fewer if the episode ends. This is a rollout.
+        # 2. Play a rollout: local_t_max steps, or fewer if the episode ends.
         observations = []
         actions = []
         rewards = []
@@ -382,12 +384,12 @@ def learn(policy, args):
     global_t = share_memory(np.zeros(1, np.int64))
 
     progress = base.Progress(ENV, max_episodes=math.inf)
-    workers = {}                        # of each name: a process, as this program sees it
+    workers = {}                        # {name: a process, as its parent sees it}
     context = mp.get_context(START_METHOD)
     try:
         with base.no_interruption():    # new processes inherit it, and are not interrupted
             for rank in range(args.num_process):
-                messages, sender = context.Pipe(duplex=False)       # from the process to here
+                messages, sender = context.Pipe(duplex=False)       # from the process to its parent
                 process = context.Process(
                     target=run_process, args=(rank, theta, mean_square, global_t, sender, args),
                     name=f"process_{rank}", daemon=True)
@@ -404,7 +406,7 @@ def learn(policy, args):
 
 def run_process(rank, theta, mean_square, global_t, messages, args):
     """Run in a process of its own: map the shared memory, make what is not shared, and train."""
-    with guard(messages):       # sends an error to the program
+    with guard(messages):   # sends an error to the parent
         # The shared memory, as arrays.
         global_theta = np.frombuffer(theta, np.float32)
         global_mean_square = np.frombuffer(mean_square, np.float32)
@@ -418,7 +420,7 @@ def run_process(rank, theta, mean_square, global_t, messages, args):
         train(rank, global_theta, local_policy, optimizer, env, global_t, report, args)
 
 
-# == Not needed to understand A3C: the test, options, what processes tell the program, faults ======
+# == Not needed to understand A3C: the test, options, what processes tell their parent, faults =====
 
 def main(argv=None):
     """Learn, keep what was learned, play with it; return the exit status."""
