@@ -224,7 +224,7 @@ def main(argv=None):
 
 
 def learn(copy, args):
-    """Run the actors until learning is over, and keep what came of it, in `copy` and in files."""
+    """Let the workers play until learning is over, and keep the results, in `copy` and in files."""
     with ray_started(args):
         driver = Driver(copy, args)
         try:
@@ -272,7 +272,7 @@ def call_server(server, caller, method, *arguments):
 
 
 class SafeServer(Server):
-    """A Server that can lose answers and workers, and that reports to the driver."""
+    """A Server that goes on if answers or workers are lost, and reports to the driver."""
 
     def __init__(self, env, seed, max_episodes, n_workers):
         super().__init__(env, seed, max_episodes, n_workers)
