@@ -160,7 +160,7 @@ class Policy:
         """Copy the shared weights (W,): θ' ← θ. Post: `sync`.
 
         Another process may be writing to θ while this one reads. Then θ' is partly old and partly
-        new. That does no harm, because one update changes θ very little.
+        new. That does little harm, because one update changes θ very little.
         """
         self.theta = global_theta.copy()
         self.weights = self.unpack(self.theta)
@@ -184,7 +184,7 @@ class Policy:
         """The frames x (F,) → p of each action (2,) and V, a number. Post: `forward`.
 
         In NumPy, because for a single state this is 100 times as fast as asking Keras. It must
-        agree with the model: change both together.
+        agree with the model (__init__): change both together.
         """
         fc1_kernel, fc1_bias, fc2_kernel, fc2_bias, p_kernel, p_bias, v_kernel, v_bias = \
             self.weights
@@ -197,7 +197,7 @@ class Policy:
         return p, v[0]
 
     def network(self, theta, observations):
-        """The same in TensorFlow, to learn: observations (T, F) → p (T, 2) and V (T, 1).
+        """The same in TensorFlow, to learn: θ' (W,), observations (T, F) → p (T, 2) and V (T, 1).
 
         All are tensors. Keras calls a model "stateless" if the weights come from outside.
         """
