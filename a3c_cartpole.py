@@ -3,9 +3,10 @@
 A3C is Asynchronous Advantage Actor-Critic. Eight threads each play a CartPole of their own, with a
 copy θ' of one shared network θ. Every few steps a thread computes how the weights should change (a
 gradient) and hands this gradient to the parameter server, which changes θ. Then the thread copies
-θ again and plays on. No thread waits until another has played its steps.
+θ again and plays on. No thread waits until another has played its steps (except with --seed).
 
-    python a3c_cartpole.py      # learns in some ten seconds; look at movie/A3C/three_as.png then
+    python a3c_cartpole.py      # learns in some seconds; then look at movie/A3C/three_as.png
+    uv run a3c_cartpole.py      # the same, but installs what it needs first
 
 Why several threads? Successive steps of one game are alike, and a network that learns from them
 alone may go astray. DQN mixes old steps from a replay memory. A3C mixes the fresh steps of several
@@ -37,7 +38,8 @@ Asynchronous      the function learn(), where the threads start; Environment.run
 At first, skip model(), pack(), unpack(), network() and _build_graph().
 
 To change         touch                               and mind that
-the network       HIDDEN, _build_model, predict_p     the two must agree; the program checks it
+the network       HIDDEN, _build_model, predict_p     Dense layers only; the two must agree, the
+                                                      program checks it
 the reward        Environment.reward                  LEARNING_RATE and LOSS_V suit a V from -1 to 1
 n                 N_STEP_RETURN                       any n works; some samples may wait (MIN_BATCH)
 the threads       --workers                           it is more variety, not more speed
@@ -45,7 +47,7 @@ the optimizer     apply_gradient, mean_square         make new arrays, never cha
 the stop rule     Environment.finish_episode          it also decides what is handed over
 the game          the constants of Game, the reward   --env and three_as.png know only CartPole
 a large network   the settings before the imports     they allow one core and no GPU
-the time limit    Environment.run                     None for s' also ends the sums of rewards
+the time limit    Environment.run                     it counts as an end, as in the article
 
 What differs from the article, and is needed to read the code:
 - All weights of the network are one vector. One Keras model gives the structure of the network; a
@@ -55,9 +57,10 @@ What differs from the article, and is needed to read the code:
 - The n rewards are summed directly, where the article corrects the sum of the step before.
 - Threads compute p in NumPy, which is faster for a single state than Keras.
 What the article has wrong (README.md says more):
-- In an episode of m < n steps its sum is too near to 0, by the factor γ^(n-m). With n = 5 this does
-  not happen in CartPole. `lambda: worker.run()` may start one worker twice. `is 'test'` compares
-  identities, not texts. Its text prints γ·r(t) where γ·r(t+1) is meant.
+- In an episode of m < n steps its sum is wrong: a reward of -1 at the end counts too little, by the
+  factor γ^(n-m). With n = 5 this does not happen in CartPole. `lambda: worker.run()` may start one
+  worker twice. `is 'test'` compares identities, not texts. Its text prints γ·r(t) where γ·r(t+1) is
+  meant.
 What is added for convenience:
 - The program ends by itself. The winner hands over the mean of ten θ', not its last θ'. The test
   takes the most probable action, lasts ten episodes, and runs in the main thread. Weights, history
@@ -77,6 +80,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 # Settings that must be made before the imports below.
@@ -140,9 +144,9 @@ EPS_STEPS = 200 * N_WORKERS     # steps of all threads together until ε is EPS_
 class ParameterServer:
     """The network that all threads share, and the optimizer that changes it.
 
-    Article: 「ParameterServer」 and its Fig. 2. Paper: the shared θ and T. The server is no thread
-    and no other computer. It is an object in memory, and each worker runs its methods in its own
-    thread.
+    Article: 「ParameterServer」, and Fig. 2 in 「Asynchronous」. Paper: the shared θ and T. The
+    server is no thread and no other computer. It is an object in memory, and each worker runs its
+    methods in its own thread.
 
     Each update makes a new array θ and never changes the old one (上書きしない). So a thread that
     reads θ at the same moment gets either the old weights or the new ones, never a mixture.
@@ -236,8 +240,9 @@ class ParameterServer:
             self.theta = self.theta - LEARNING_RATE * gradient / np.sqrt(self.mean_square + 1e-10)
 
             # Not in the article, for a picture: how often have other threads changed θ since this
-            # thread copied it? That depends on the machine; three_as.png shows it. The gradient
-            # belongs to the old θ and is used all the same. This is what asynchronous means.
+            # thread copied it? On average seven times, as each of the other seven makes about one
+            # update meanwhile, but very unevenly: see three_as.png. The gradient belongs to the old
+            # θ and is used all the same. This is what asynchronous means.
             self.staleness.append(self.updates - updates_at_pull)
             self.updates += 1
 
@@ -248,7 +253,7 @@ class ParameterServer:
             self.is_learned = True
 
     def count_step(self):
-        """Count a step of any thread.
+        """Count a step of any learning thread.
 
         This has a lock, too, because += reads and stores, and Python may switch threads in between.
         It is another lock, so that counting does not wait for an update.
@@ -316,9 +321,9 @@ class LocalBrain:
         advantage = R - v       # how much better it went than the critic expected
 
         # The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage.
-        # Say the action was right, and the critic expected V = 0.1. If R = -0.9, the advantage is
-        # -1, so right becomes less likely here. If R = 0.4, the advantage is 0.3, and right becomes
-        # a little more likely. An optimizer makes a loss small, hence the minus.
+        # Say the cart was pushed to the right, and the critic expected V = 0.1. If R = -0.9, the
+        # advantage is -1, so this push becomes less likely here. If R = 0.4, the advantage is 0.3,
+        # and it becomes a little more likely. An optimizer makes a loss small, hence the minus.
         # Why not R itself? In a bad state even the best action has R < 0. What counts is whether it
         # went better than expected.
         # Why the logarithm? A rare action is drawn rarely. The slope of log p is 1/p times that of
@@ -368,7 +373,7 @@ class LocalBrain:
     def predict_p(self, s):
         """The probability of each action (B, 2) in the states s (B, 4).
 
-        In NumPy, because for a single state this is 100 times as fast as calling the Keras model.
+        In NumPy, because for one state this is more than 100 times as fast as calling the model.
         """
         hidden_kernel, hidden_bias, policy_kernel, policy_bias, _, _ = \
             self.parameter_server.unpack(self.theta)            # the last two are the critic's
@@ -465,11 +470,12 @@ class Environment:
             step += 1
             done = terminated or truncated
             r = self.reward(s_, step, done)                             #    (not the r of gym)
+            if done:
+                s_ = None       # no state follows the end
             if is_learning:
                 server.count_step()
-                agent.advantage_push_local_brain(                       # 4. remember it
-                    s, a, r, None if done else s_)
-                if done or step % T_MAX == 0:                           # 5. 2. to 4. repeated
+                agent.advantage_push_local_brain(s, a, r, s_)           # 4. remember it
+                if done or step % T_MAX == 0:                           # 5. (2. to 4.) until here
                     agent.brain.update_parameter_server()               # 6. 7. 8. gradient → θ
                     agent.brain.pull_parameter_server()                 # 9. θ' ← θ, as in 1.
                     if not server.progress.may_go_on(self.name):
@@ -504,7 +510,7 @@ class Environment:
         is_counted = server.progress.finish_episode(        # False if learning is already over
             self.name, self.count_trial_each_thread, step, mean, server.frames, meets_rule)
         if meets_rule and is_counted:
-            # Not in the article: hand over the mean of the weights after each of the ten episodes.
+            # Not in the article: hand over the mean of ten θ', kept at the end of each episode.
             # It usually keeps the pole up better than the last weights alone.
             brain.theta = np.mean(self.thetas, axis=0)
             brain.push_parameter_server()
@@ -571,8 +577,9 @@ def learn(server, workers, args):
         share_one_core(threads)
         progress.watch(args.log)    # shows the episodes until learning is over
     finally:
-        end_threads(threads, progress)      # M3. waits for them
-        keep_results(server, args)
+        with no_interruption():
+            end_threads(threads, progress)      # M3. waits for them
+            keep_results(server, args)
 
 
 # == Not needed to understand A3C: options, progress, files, pictures ==============================
@@ -830,12 +837,10 @@ def no_interruption():
 
 def keep_results(server, args):
     """Save what the threads have learned, draw the pictures, and say how it went."""
-    with no_interruption():
-        title = f"A3C, {args.env}, {server.progress.workers} threads"
-        keep({"A3C": server.model}, server.progress, server.is_learned, server.frames, title,
-             args.out)
-        if server.updates:
-            draw_three_as(server, args.out / "three_as.png")
+    title = f"A3C, {args.env}, {server.progress.workers} threads"
+    keep({"A3C": server.model}, server.progress, server.is_learned, server.frames, title, args.out)
+    if server.updates:
+        draw_three_as(server, args.out / "three_as.png")
 
 
 def keep(models, progress, is_learned, steps, title, out):
@@ -864,7 +869,7 @@ def keep(models, progress, is_learned, steps, title, out):
 
 
 def say(line):
-    """Print a line at once. Ignore a closed pipe, as with `| head`: the run goes on."""
+    """Print a line at once. If nobody can read it, as behind `| head`, the run goes on."""
     try:
         print(line, flush=True)
     except OSError:
@@ -881,9 +886,11 @@ def save_weights(model, path):
 def load_weights(model, path):
     """Fill a Keras model from the file of an earlier run, or end with exit status 2."""
     try:
-        model.load_weights(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # the error says it all
+            model.load_weights(path)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())
         print(f"error: argument --play: {str(path)!r} does not hold the weights of this network:"
               f" {reason}", file=sys.stderr)
         sys.exit(2)
@@ -980,7 +987,7 @@ def draw_advantage(server, axes, learned_steps=30):
     axes.bar(range(step), R - v, label="advantage R − V(s)", color=GREEN, alpha=.6)
     axes.set(title="Advantage: better or worse than expected?",
              xlabel=f"step of an episode (from {learned_steps} on: random pushes)",
-             ylim=(min(-1.1, *v, *R, *(R - v)), max(1.2, *v, *R)))      # room for the legend
+             ylim=(min(-1.1, *v, *R, *(R - v)), max(1.2, *v, *R, *(R - v))))
     axes.legend(fontsize="small", loc="upper left")
 
 
