@@ -1017,15 +1017,15 @@ def draw_actor_and_critic(server, actor, critic):
 def draw_staleness(server, axes):
     """Draw which fraction of the gradients was how many updates old."""
     oldest = max(server.staleness)
-    fresh = server.staleness.count(0) / len(server.staleness)
+    mean = np.mean(server.staleness)
     bins = np.linspace(-.5, max(oldest, 7) + .5, min(60, max(oldest, 7) + 2))
     weights = np.full(len(server.staleness), 1 / len(server.staleness))
     axes.hist(server.staleness, bins, weights=weights, color=PURPLE)
     axes.set(title="Asynchronous: how old were the weights?", yscale="log", ylim=(None, 2),
              xlabel="updates by other threads between pull and update",
              ylabel="fraction of all updates")
-    axes.text(.97, .95, f"{fresh:.0%}: none, the gradient was fresh\nthe oldest: {oldest}",
-              ha="right", va="top", transform=axes.transAxes)
+    axes.text(.97, .95, f"mean: {mean:.1f}\noldest: {oldest}", ha="right", va="top",
+              transform=axes.transAxes)
 
 
 def film(env, folder, name, in_window):
