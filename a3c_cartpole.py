@@ -871,7 +871,7 @@ def keep(models, progress, is_learned, steps, title, out):
 def say(line):
     """Print a line at once. If nobody can read it, as behind `| head`, the run goes on."""
     try:
-        print(line, flush=True)
+        print(line + "\n", end="", flush=True)     # in one piece: Ctrl-C cannot cut off the end
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
