@@ -130,6 +130,10 @@ N_STEP_RETURN = 5       # n
 GAMMA_N = GAMMA ** N_STEP_RETURN
 
 # -- constants of the threads
+# Threads bring variety, not speed. With --seed 1 to 5 and --workers 1, 2 and 8, two cores made
+# 12 800, 12 400 and 12 600 steps per second, and one thread had learned after 427, 494 and 733
+# episodes of all (medians). CartPole is so small that one thread is enough; and while one of eight
+# plays its last ten episodes, the others play some seventy, through which θ must stay good.
 N_WORKERS = 8           # learning threads
 T_MAX = 10              # steps between two updates of a thread; article: Tmax, paper: t_max
 
