@@ -8,20 +8,22 @@ repeats this loop, independently of the others (the numbers are those of the art
 
     1.        copy the shared weights: θ' ← θ              LocalBrain.pull_parameter_server
     2. to 5.  play up to T_MAX = 10 steps with the copy    Environment.run
-              and make samples of them: n-step returns     Agent.advantage_push_local_brain
-    6.        compute gradients of the loss, which has     LocalBrain.loss_total
-              terms for the actor and for the critic
+              and make a sample of each: s, a and its      Agent.advantage_push_local_brain
+              n-step return R
+    6.        compute the gradients of the loss, which     LocalBrain.gradients
+              has terms for the actor and the critic       LocalBrain.loss_total
     7.        hand the gradients to the server             LocalBrain.update_parameter_server
     8.        the server changes θ by them                 ParameterServer.apply_gradients
     9.        back to 1.
 
 Why several threads? Successive steps of one game resemble each other, and a network that learns
-from them alone easily goes wrong: it fits the present part of this game, and forgets the others.
-DQN therefore learns from a random mixture of old steps, its replay memory. A3C cannot use old steps
-(see the logarithm in loss_total), so it mixes fresh steps of several games: while one thread's game
-begins, another's is about to end, and successive updates come from different games. (CartPole is so
-easy that one thread learns it, too. The article also says that threads make learning faster. Those
-of Python do not, because it runs one of them at a time.)
+from them alone easily goes wrong: it fits the present part of the game and forgets the other parts.
+DQN therefore learns from a random mixture of old steps, its replay memory. It may, because its
+target asks for the best next action, whatever was done then. A3C may not: its loss is right only
+for actions that were drawn with the present p (loss_total says why). So it mixes fresh steps of
+several games, of which one begins while another is about to end. (CartPole is so easy that one
+thread learns it, too. The article also says that threads make learning faster. Here they do not,
+because Python runs one of them at a time.)
 
 This is the program of Sugulu's article 「実装しながら学ぶA3C」 of 2017, for today's libraries:
 https://qiita.com/sugulu/items/acbc909dd9b74b043e45. The classes come in the order in which the
@@ -30,7 +32,8 @@ README.md lists what differs from the article, and its misprints.
 
 Symbols: s, a, r: state, action, reward. s' (in code s_): a later state. γ: the weight of a reward
 that comes one step later. p: the probability of each action. V(s): the value of s, the discounted
-sum of the rewards to come, as the network estimates it. In shapes, B is the size of a batch.
+sum of the rewards to come, as the network estimates it. R: the n-step return, a better estimate of
+it: n rewards as they came, and then V. In shapes, B is the size of a batch.
 """
 import argparse
 import collections
@@ -72,19 +75,18 @@ LOSS_V = .5             # coefficient of the value loss
 LOSS_ENTROPY = .01      # coefficient of the entropy
 LEARNING_RATE = 5e-3    # for CartPole-v0
 LEARNING_RATE_V1 = 2e-3 # not in the article: for CartPole-v1, where 5e-3 learns and forgets again
-RMSPROP_DECAY = .99     # how much of its mean of squared gradients RMSProp keeps at each update
+RMSPROP_DECAY = .99     # the share of its old mean that RMSProp keeps at each update
 
-# -- constants of Advantage. The article says Advantage for looking n steps ahead. Usually the word
-# means only R - V(s): how much better it went than expected. A3C does both.
+# -- constants of Advantage: see Agent.advantage_push_local_brain
 GAMMA = .99             # γ
-N_STEP_RETURN = 5       # n: the number of rewards that are summed; V estimates the rest
+N_STEP_RETURN = 5       # n: the number of rewards that are summed
 GAMMA_N = GAMMA ** N_STEP_RETURN
 
 # -- constants of the threads
 N_WORKERS = 8           # learning threads
-T_MAX = 10              # steps of a thread between two of its updates (article: Tmax). The first
-                        # update of an episode has T_MAX - n + 1 samples. With n = 5 or 6 this is
-                        # MIN_BATCH at least; with another n, some samples wait for the next update.
+T_MAX = 10              # steps of a thread between two of its updates (article: Tmax). With n = 5
+                        # or 6 each update has MIN_BATCH samples or more; with another n, some
+                        # samples may have to wait for the next update.
 
 # -- constants of ε-greedy (ε-greedy法): with probability ε an action is random, whatever p says.
 # The article adds this to A3C. A random action is then learned as if it had been drawn from p.
@@ -175,7 +177,7 @@ class Environment:
         self.count_trial_each_thread = 0                        # episodes
 
     def run(self):
-        """Play one episode and return its steps. A learning thread learns during the episode."""
+        """Play one episode and return how many steps it had. A learning thread learns from it."""
         agent = self.agent
         is_learning = self.thread_type == "learning"
         agent.brain.pull_parameter_server()                     # 1. θ' ← θ
@@ -184,10 +186,10 @@ class Environment:
         done = False
         while not done:
             a = agent.act(s)                                    # 2. choose a, using θ'
-            s_, _, terminated, truncated, _ = self.env.step(a)  # 3. do a; the result is s' ...
+            s_, _, terminated, truncated, _ = self.env.step(a)  # 3. do a; it leads to s' and r
             step += 1
             done = terminated or truncated
-            r = self.reward(step, done)                         #    ... and r
+            r = self.reward(step, done)
             if done:
                 s_ = None                                       #    (no state follows the end)
             if is_learning:
@@ -223,8 +225,8 @@ class Environment:
                           self.parameter_server.frames)
         is_winner = self.parameter_server.record(episode, bool(mean > self.max_steps - 1))
         if is_winner:
-            # θ becomes the mean of these ten θ'. In the article it is the last θ'. Of 40 such
-            # policies 5 fell in the test; of more than 200 means none did.
+            # Not in the article, where θ becomes the last θ': it becomes the mean of these ten θ',
+            # which let the pole fall more seldom.
             brain = self.agent.brain
             brain.weights = [np.mean(arrays, axis=0) for arrays in zip(*self.last_weights)]
             brain.push_parameter_server()
@@ -245,11 +247,11 @@ class Agent:
         """Choose an action in the state s (4,).
 
         In Q-learning it would be the action of the largest Q. Here it is drawn with the
-        probabilities p, so that both actions are tried, and the better one more often.
+        probabilities p, so that both actions are tried, and more often the one that seems better.
         """
         p = self.brain.predict_p(s)
         if self.thread_type == "test":
-            return int(p.argmax())      # not in the article: the more probable action
+            return int(p.argmax())      # not in the article: it need not try the other one
         frames = self.parameter_server.frames
         if frames >= EPS_STEPS:
             eps = EPS_END
@@ -260,31 +262,36 @@ class Agent:
         return self.rng.choices(range(NUM_ACTIONS), p.tolist())[0]
 
     def advantage_push_local_brain(self, s, a, r, s_):
-        """4. Remember a step, and hand the brain those samples whose n rewards are now known.
+        """4. Remember a step, and hand the brain the samples that are complete now.
 
-        What the action in s was worth is estimated by the n-step return R. Its rewards are summed
-        here, R_n; the brain adds the last term.
+        Article: 「Advantage」. There the word means looking n steps ahead; usually it means
+        R - V(s), how much better it went than expected. A3C does both. The n-step return R
+        estimates how good it was to do a in s. Its rewards are summed here, R_n; the brain
+        adds the last term:
 
             R = r(t) + γ·r(t+1) + … + γ^(n-1)·r(t+n-1) + γ^n·V(s')       s' is n steps after s
 
         (The article prints γ·r(t) where γ·r(t+1) is meant. Its code updates one sum from step to
-        step; here each sum is made anew.) At the end of the episode (終端, s_ is None) no more
-        rewards come: the last step has one, the step before it two, and so on. With n = 5 and
-        T_MAX = 10, in an episode of 23 steps:
+        step; here each sum is made anew.) At the end of the episode (終端, s_ is None) no rewards
+        and no V(s') follow, so R is the sum of the rewards that are left: after a fall it is -1 for
+        the last step, -γ for the step before it, then -γ^2, and so on. With n = 5 and T_MAX = 10,
+        in an episode of 23 steps:
 
             after step    samples of steps    still in the memory    then
             10            1 to 6              7 to 10                update, with 6 samples
             20            7 to 16             17 to 20               update, with 10 samples
             23            17 to 23            nothing                update, with 7 samples
 
-        Why n = 5? With n = 1, R relies on V(s'), which is wrong at first, and each update carries
-        the effect of a fall only one step back. With n = 50, R depends on which fifty actions
-        happened to be drawn (ばらつき), and says little about the first of them.
+        Why n = 5? With n = 1, each update carries the effect of a fall only one step back. With
+        n = 50, R depends on which fifty actions happened to be drawn (ばらつき), and says little
+        about the first of them. (The article's reason against a large n, that an unfinished Q
+        chooses the later actions, is about Q-learning.)
         """
         a_cats = np.zeros(NUM_ACTIONS)      # a as one-hot
         a_cats[a] = 1
         self.memory.append((s, a_cats, r))
-        # Until the end this loop runs once at most; at the end it empties the memory.
+        # The memory never holds more than n steps. During the episode this loop runs once at most,
+        # for the oldest step; at the end it empties the memory.
         while len(self.memory) == N_STEP_RETURN or (s_ is None and self.memory):
             R_n = sum(GAMMA ** k * r_k for k, (_, _, r_k) in enumerate(self.memory))
             first_s, first_a, _ = self.memory.popleft()
@@ -294,29 +301,30 @@ class Agent:
 class ParameterServer:
     """The network that all threads share, and the optimizer that changes it.
 
-    Article: 「ParameterServer」, and Fig. 2 in 「Asynchronous」. It is no thread: each worker calls
-    its methods in its own. Asynchronous (非同期) means that no thread waits for another's steps:
+    Article: 「ParameterServer」, and Fig. 2 in 「Asynchronous」. It is not a thread itself: the
+    workers call its methods, each in its own thread. Asynchronous (非同期) means that no thread
+    waits for another's steps:
 
         thread 1                  thread 2                  the shared weights
         copies θ0                 copies θ0                 θ0
-        plays 10 steps            plays 10 steps            θ0
-        plays on                  hands over gradients      θ1: θ0, changed by thread 2
-        hands over gradients      copies θ1, plays on       θ2: θ1, changed by thread 1, whose
+        plays 6 of its 10 steps   plays its 10 steps        θ0
+        plays the other 4         hands over gradients      θ1: θ0, changed by thread 2
+        hands over gradients      copies θ1, plays          θ2: θ1, changed by thread 1, whose
                                                             gradients were computed with θ0
+        copies θ2, plays          plays                     θ2
 
-    Why does thread 1 play with a copy? Otherwise θ would change while it plays. Its actions would
-    be drawn with several p, and there would be no single θ to compute gradients with: they must be
-    computed with the p with which the actions were drawn (loss_total says why).
-    Do its old gradients harm θ1? They are one update old. With eight threads it is seven updates
-    on average, since each of the others makes about one meanwhile, but anything from 0 to about
-    25. θ changes little in so few updates, so the gradients still point nearly the right way.
+    Why does thread 1 play with a copy? Otherwise θ would change while it plays, at any step. But
+    its gradients must be computed with the p with which its actions were drawn (see loss_total).
+    Why do old gradients little harm? Those of thread 1 say how θ0 should change, and they change
+    θ1: they are one update old. With eight threads it is seven updates on average, because each of
+    the other seven threads makes about one meanwhile. Seven updates change p by about 0.01, so the
+    gradients still point nearly the right way.
     Why a lock to update (排他制御)? Python may switch threads at any moment. If two of them made a
-    new θ of the same θ1, the one that stores its result last would erase the other's update. (The
-    paper uses no lock: there threads change the same numbers at once, and now and then a change is
-    lost.)
-    Why none to copy? An update makes a new list of new arrays and does not change the old ones
+    new θ from the same θ1, the one that stores its result last would erase the other's update. (The
+    paper has no lock. There now and then a change is lost.)
+    Why no lock to copy? An update makes a new list of new arrays and does not change the old ones
     (上書きしない). Then one assignment replaces the list. So a thread gets the old list or the new
-    one, never a mixture, and its list stays as it is: that is its copy.
+    one, never a mixture. Nobody changes its list later: it serves as the copy.
     """
 
     def __init__(self, seed=None, max_episodes=20_000, learning_rate=LEARNING_RATE):
@@ -333,7 +341,8 @@ class ParameterServer:
         self.compute_gradients = LocalBrain._build_graph(self.model)    # compiled once for all
 
         self.lock = threading.Lock()
-        self.frames = 0                 # steps (not 試行数) of all learning threads; paper: T
+        self.frames = 0                 # steps of all learning threads (the article's comment says
+                                        # 試行数, trials); paper: T
         self.history = []               # an Episode for each one that was played to its end
         self.is_learned = False
         self.stop = threading.Event()   # learning is over, whatever the reason
@@ -388,14 +397,13 @@ class LocalBrain:
 
     def __init__(self, parameter_server):
         self.parameter_server = parameter_server
-        # compute_gradients(...) is gradients(model, ...), compiled.
-        self.compute_gradients = parameter_server.compute_gradients
+        self.compute_gradients = parameter_server.compute_gradients     # `gradients`, compiled
         self.train_queue = []           # samples: s, a, R_n, s', s_mask
         self.pull_parameter_server()
 
     def pull_parameter_server(self):
         """1. and 9. Take the weights that the server has now: θ' ← θ."""
-        # No copying and no lock: see ParameterServer.
+        # No update ever changes this list (see ParameterServer), so it serves as a copy.
         self.weights = self.parameter_server.weights
 
     def push_parameter_server(self):
@@ -419,15 +427,18 @@ class LocalBrain:
         """Turn the queued samples into gradients, and hand these to the server."""
         if len(self.train_queue) < MIN_BATCH:
             return      # the samples wait (with these constants this does not happen)
+        # Make one array of all s, one of all a, and so on.
         s, a, R_n, s_, s_mask = [np.array(column, np.float32) for column in zip(*self.train_queue)]
         self.train_queue = []
 
-        # V(s') stands for all later rewards. If s' is the end there are none, and s_mask is 0.
-        # (V(s) is to become R. The article says once that R is V.)
+        # V(s') stands for all later rewards. If s' is the end there are none, and s_mask is 0. Only
+        # there R_n may have fewer than n rewards, so γ^n is right. (The article says that R(t) is
+        # V(t). V(s) is what the network says, and R is what it should say.)
         _, v_ = self.predict(s_)
         R = R_n + GAMMA_N * v_ * s_mask
 
         # 6. The thread computes the gradients, from its own samples and with its own θ'.
+        #    compute_gradients is the next method, `gradients`, for the server's model, compiled.
         weights = [tf.constant(w) for w in self.weights]
         gradients = self.compute_gradients(weights, tf.constant(s), tf.constant(a), tf.constant(R))
         # 7. It hands over the gradients, not its weights.
@@ -438,7 +449,7 @@ class LocalBrain:
         """The gradients of the mean loss at the weights θ': s (B, 4), a one-hot (B, 2), R (B,)."""
         with tf.GradientTape() as tape:     # records what is computed, to find its gradients
             tape.watch(weights)
-            # The model with these weights. ([] and _ are for other state, which it has not.)
+            # The model with these weights. ([] and _: other state of a model; this one has none.)
             (p, v), _ = model.stateless_call(weights, [], s)
             loss = tf.reduce_mean(LocalBrain.loss_total(p, v[:, 0], a, R))
         return tape.gradient(loss, weights)
@@ -449,6 +460,7 @@ class LocalBrain:
 
         Article: 「Actor-Critic」. Paper: section 4, "Asynchronous advantage actor-critic".
         """
+        # The sum is p of the action that was done, because a is one-hot. (1e-10: never log 0.)
         log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)
         advantage = R - v       # how much better it went than the critic expected
 
@@ -456,18 +468,21 @@ class LocalBrain:
         # Suppose the cart was pushed to the right and the critic expected V = 0.1. If R = -0.9, the
         # advantage is -1, and this push becomes less probable. If R = 0.4, the advantage is 0.3,
         # and it becomes a little more probable. An optimizer makes a loss small: hence the minus.
-        # Why not R itself? On average that is right, too: in a bad state both actions have R < 0,
-        # and become less probable when they are drawn, the worse one more. But single draws often
-        # push the wrong way. To subtract V(s) removes what both have in common.
+        # Why not R itself? In a bad state R < 0 for both actions. Then each draw makes the drawn
+        # action less probable, even if it is the better one. The worse one loses more, so this is
+        # right on average, but single draws often push the wrong way. R - V(s) is on average above
+        # 0 for the better action and below 0 for the worse one.
         # Why the logarithm? An action with p = 0.1 is drawn once in ten times. The slope of log p
         # is 1/p times that of p, so this one draw counts ten times, and no action gains only
-        # because it is drawn often. This is right only with the p with which the action was drawn.
-        # Hence the copy θ', and no replay memory: an action that was drawn once in ten times with
-        # the old p would count as often as the new p, perhaps 0.9, wants it. (Two exceptions do
-        # little harm: four of the ten samples of the second update in the table above were played
-        # with the copy before, and ε draws without p.)
-        # Why stop_gradient? The advantage is a constant here (定数として扱う). Otherwise, as -log p
-        # is never negative, this loss could be made small by raising V(s) above R.
+        # because it is drawn often. This is right only with the p with which the action was drawn:
+        # if p is 0.9 now, a draw from the time of p = 0.1 counts 1/0.9 = 1.1 times, where it should
+        # count ten times. Hence the copy θ', and no replay memory. (Two exceptions are small. Of
+        # samples 7 to 16 in the table of advantage_push_local_brain, four were played with the copy
+        # before, which is nearly the same. And ε draws without p, but only at first, while p is
+        # near ½.)
+        # Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this
+        # loss, -log p·(R - V(s)), would train V(s), too: the larger V(s), the smaller the loss, as
+        # -log p is never negative. So V(s) would rise above R.
         loss_policy = -log_prob * tf.stop_gradient(advantage)
 
         # The critic. Move V(s) towards R. (R was computed in NumPy: no gradient reaches its V(s').)
@@ -479,11 +494,11 @@ class LocalBrain:
         loss_entropy = LOSS_ENTROPY * minus_entropy
         return loss_policy + loss_value + loss_entropy
 
-    # The next two methods are there because they are fast.
+    # The next two methods exist only for speed.
 
     @staticmethod
     def _build_graph(model):
-        """Compile `gradients` for this model, once for all threads: a tenth of the time."""
+        """Compile `gradients` for this model, once for all threads: ten times as fast."""
         weights = [tf.TensorSpec(w.shape) for w in model.get_weights()]
         s = tf.TensorSpec([None, NUM_STATES])       # None stands for a batch of any size
         a = tf.TensorSpec([None, NUM_ACTIONS])
@@ -494,8 +509,8 @@ class LocalBrain:
     def predict(self, s):
         """Compute p (2,) and V(s) for one state (4,), or p (B, 2) and V(s) (B,) for several (B, 4).
 
-        Keras' model computes the same, but for one state this is more than 100 times as fast. Both
-        must be changed together; the program checks at the start that they agree.
+        model(s) of Keras computes the same, but for one state this is more than 100 times as fast.
+        If you change one, change the other; the program checks at the start that they agree.
         """
         kernel, bias, p_kernel, p_bias, v_kernel, v_bias = self.weights
         hidden = np.maximum(s @ kernel + bias, 0)                   # relu

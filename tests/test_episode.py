@@ -2,51 +2,43 @@
 
 import threading
 
+import a3c_cartpole as a3c
+
 import numpy as np
 import pytest
 from conftest import FakeEnv
 
-import a3c_cartpole as a3c
-
 STATE = np.zeros(4, np.float32)
 
 
-@pytest.fixture
-def agent(server):
-    return a3c.Agent("agent", server)
-
-
-def with_p(agent, p):
-    agent.brain.predict_p = lambda s: np.array([[1 - p, p]])
+def make_agent(server, p, thread_type="learning"):
+    """An agent whose network gives action 1 the probability p, in every state."""
+    agent = a3c.Agent("agent", thread_type, server)
+    agent.brain.weights = [np.zeros_like(w) for w in server.weights]
+    agent.brain.weights[3] = np.log(np.array([1 - p, p]) + 1e-30)
     return agent
 
 
 @pytest.mark.parametrize("frames, epsilon", [(0, 0.5), (400, 0.375), (800, 0.25), (1600, 0)])
-def test_fraction_of_random_actions_falls_from_a_half_to_0_over_eps_steps(agent, frames, epsilon):
-    agent.parameter_server.frames = frames
-    ones = np.mean([with_p(agent, 0.0).act(STATE) for _ in range(5000)])
+def test_fraction_of_random_actions_falls_from_a_half_to_0_over_eps_steps(server, frames, epsilon):
+    server.frames = frames
+    agent = make_agent(server, p=0.0)
+    ones = np.mean([agent.act(STATE) for _ in range(5000)])
     assert ones == pytest.approx(epsilon / 2, abs=0.025 if epsilon else 0)  # 4 deviations
 
 
-def test_epsilon_falls_within_200_steps_of_each_thread_that_runs():
-    agent = a3c.Agent("agent", a3c.ParameterServer(n_workers=2))
-    for frames, epsilon in (0, 0.5), (200, 0.25), (400, 0), (401, 0):
-        agent.parameter_server.frames = frames
-        assert agent.epsilon() == pytest.approx(epsilon)
-
-
 @pytest.mark.parametrize("p", [0.1, 0.83])
-def test_action_is_drawn_from_p(agent, p):
-    agent.parameter_server.frames = a3c.EPS_STEPS
-    actions = [with_p(agent, p).act(STATE) for _ in range(5000)]
+def test_action_is_drawn_from_p(server, p):
+    server.frames = a3c.EPS_STEPS
+    agent = make_agent(server, p)
+    actions = [agent.act(STATE) for _ in range(5000)]
     assert set(actions) == {0, 1}
     assert np.mean(actions) == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / 5000))
 
 
-def test_agents_draw_from_their_own_streams_fixed_by_seed_and_name(server):
+def test_agents_draw_from_their_own_streams_fixed_by_seed_and_name():
     def draw(seed, name):
-        server.seed = seed
-        return a3c.Agent(name, server).rng.random()
+        return a3c.Agent(name, "learning", a3c.ParameterServer(seed)).rng.random()
 
     same = draw(3, "local_thread1")
     assert draw(3, "local_thread1") == same
@@ -54,19 +46,17 @@ def test_agents_draw_from_their_own_streams_fixed_by_seed_and_name(server):
     assert same not in others
 
 
-def make_environment(server, length, name="local_thread1"):
-    environment = a3c.Environment(name, "learning", server)
-    environment.env.close()
+def make_environment(server, length, name="local_thread1", env="CartPole-v0"):
+    environment = a3c.Environment(name, "learning", server, env)
     environment.env = FakeEnv(length)
     return environment
 
 
 @pytest.mark.parametrize("env, limit", [("CartPole-v0", 200), ("CartPole-v1", 500)])
 def test_reward_is_0_then_minus_1_for_a_fall_and_plus_1_from_limit_minus_1(server, env, limit):
-    server.progress = a3c.Progress(env, 100)
     for length in 1, 2, limit - 2, limit - 1, limit:
         rewards = []
-        environment = make_environment(server, length)
+        environment = make_environment(server, length, env=env)
         environment.agent.advantage_push_local_brain = lambda s, a, r, s_: rewards.append(r)
         environment.run()
         assert rewards == [0] * (length - 1) + [-1 if length < limit - 1 else 1]
@@ -98,18 +88,14 @@ def test_worker_updates_and_pulls_every_t_max_steps_and_at_the_end(server):
     assert calls == [("pull", 0), *expected]
 
 
-def test_test_worker_acts_greedily_and_learns_nothing(server):
+def test_test_worker_takes_the_more_probable_action_and_learns_nothing(server):
+    assert {make_agent(server, 0.6, "test").act(STATE) for _ in range(50)} == {1}
+    before = server.weights
     environment = a3c.Environment("test_thread", "test", server)
     environment.env.close()
     environment.env = FakeEnv(30)
-    with_p(environment.agent, 0.6)  # drawn from p, it would be 0 in 2 steps of 5
-    played = []
-    step = environment.env.step
-    environment.env.step = lambda a: played.append(a) or step(a)
-    theta = server.theta
     assert environment.run() == 30
-    assert played == [1] * 30
-    assert server.frames == server.updates == 0 and server.theta is theta
+    assert server.frames == 0 and server.history == [] and server.weights is before
 
 
 def play(environment, episodes):
@@ -120,23 +106,21 @@ def play(environment, episodes):
 def test_episodes_and_steps_are_counted_and_recorded(server):
     play(make_environment(server, 30), 12)
     assert server.frames == 360
-    history = server.progress.history
-    assert [(e.thread, e.episode, e.steps, e.total_steps) for e in history] == [
+    assert [(e.thread, e.episode, e.steps, e.total_steps) for e in server.history] == [
         ("local_thread1", i, 30, 30 * i) for i in range(1, 13)]
-    means = [e.mean_of_last_10 for e in history]
+    means = [e.mean_of_last_10 for e in server.history]
     assert means == pytest.approx([3.0 * min(i, 10) for i in range(1, 13)])
 
 
 @pytest.mark.parametrize("env, limit", [("CartPole-v0", 200), ("CartPole-v1", 500)])
 def test_mean_of_limit_minus_1_is_not_enough_and_above_it_is(server, env, limit):
-    server.progress = a3c.Progress(env, 100)
-    environment = make_environment(server, limit - 1)
+    environment = make_environment(server, limit - 1, env=env)
     play(environment, 10)
-    assert server.progress.history[-1].mean_of_last_10 == limit - 1
-    assert not server.is_learned
+    assert server.history[-1].mean_of_last_10 == limit - 1
+    assert not server.is_learned and not server.stop.is_set()
     environment.env.length = limit
     environment.run()
-    assert server.is_learned
+    assert server.is_learned and server.stop.is_set()
 
 
 def test_winner_hands_over_the_mean_of_its_ten_theta(server):
@@ -145,39 +129,39 @@ def test_winner_hands_over_the_mean_of_its_ten_theta(server):
     brain.update_parameter_server = lambda: None
 
     def pull():  # in the first episode θ' is full of 1, in the second of 2, ...
-        brain.theta = np.full(131, environment.count_trial_each_thread + 1, np.float32)
+        episode = environment.count_trial_each_thread + 1
+        brain.weights = [np.full(w.shape, episode, np.float32) for w in server.weights]
 
     brain.pull_parameter_server = pull
     environment.run()  # 150 steps, so its θ' is not among the ten
     environment.env.length = 200
     play(environment, 10)
-    assert server.is_learned and server.theta.dtype == np.float32
-    np.testing.assert_allclose(server.theta, np.mean(range(2, 12)))
+    assert server.is_learned
+    for weight in server.weights:
+        assert weight.dtype == np.float32
+        np.testing.assert_allclose(weight, np.mean(range(2, 12)))
 
 
 def test_of_many_that_win_at_once_one_alone_hands_its_weights_over(server):
     environments = [make_environment(server, 200, f"local_thread{i}") for i in range(6)]
-    for environment in environments:
-        play(environment, 9)
     pushed = []
-    server.take_over = pushed.append
-    try:
-        threads = [threading.Thread(target=e.run) for e in environments]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        del server.take_over
-    assert len(pushed) == 1 and len(server.progress.history) == 6 * 9 + 1
+    for environment in environments:
+        environment.agent.brain.push_parameter_server = lambda: pushed.append(1)
+        play(environment, 9)
+    threads = [threading.Thread(target=e.run) for e in environments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert pushed == [1] and len(server.history) == 6 * 9 + 1
 
 
-def test_learning_is_given_up_after_exactly_max_episodes(server):
-    server.progress = a3c.Progress("CartPole-v0", 5)
+def test_worker_gives_up_after_exactly_max_episodes():
+    server = a3c.ParameterServer(max_episodes=5)
     worker = a3c.WorkerThread("local_thread1", "learning", server)
     worker.environment.env = FakeEnv(20)
     worker.run()
-    assert len(server.progress.history) == 5 and not server.is_learned
+    assert len(server.history) == 5 and not server.is_learned and server.stop.is_set()
 
 
 def test_eight_threads_count_every_step_and_episode(server):
@@ -187,6 +171,4 @@ def test_eight_threads_count_every_step_and_episode(server):
         thread.start()
     for thread in threads:
         thread.join()
-    history = server.progress.history
-    assert server.frames == 8 * 50 * 10 and len(history) == 400
-    assert sum(e.steps for e in history) == server.frames
+    assert server.frames == 8 * 50 * 10 and len(server.history) == 400

@@ -1,13 +1,22 @@
-"""The two arrows of A3C: a brain computes a gradient, the server applies it. The copies of θ."""
+"""The two arrows of A3C: a brain computes gradients, the server applies them. The copies of θ."""
 
 import threading
+
+import a3c_cartpole as a3c
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import fill_queue, forward
+from conftest import finite_differences
 
-import a3c_cartpole as a3c
+
+def forward(weights, s):
+    """The network in plain NumPy, float64: p (B, 2) and V (B,)."""
+    kernel, bias, p_kernel, p_bias, v_kernel, v_bias = [np.asarray(w, float) for w in weights]
+    hidden = np.maximum(s @ kernel + bias, 0)
+    z = hidden @ p_kernel + p_bias
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True), (hidden @ v_kernel + v_bias)[:, 0]
 
 
 def mean_loss(weights, s, a, R, advantage):
@@ -19,105 +28,102 @@ def mean_loss(weights, s, a, R, advantage):
     return (policy + value + entropy).mean()
 
 
-def return_of(weights, R_n, s_, mask):
-    return R_n + a3c.GAMMA_N * forward(weights, s_)[1] * mask
+def fill_queue(brain, rng, samples):
+    """Queue random samples, some at the end of an episode; return arrays s, a, R_n, s_, mask."""
+    s = rng.normal(size=(samples, 4)).astype(np.float32)
+    a = np.eye(2, dtype=np.float32)[rng.integers(0, 2, samples)]
+    R_n = rng.normal(size=samples).astype(np.float32)
+    s_ = rng.normal(size=(samples, 4)).astype(np.float32)
+    mask = (rng.random(samples) >= 0.3).astype(np.float32)
+    for i in range(samples):
+        brain.train_push(s[i], a[i], float(R_n[i]), s_[i] if mask[i] else None)
+    return s, a, R_n, s_ * mask[:, None], mask
 
 
-def finite_differences(function, theta, step=1e-6):
-    """Central differences of function(θ) on every single weight."""
-    theta = theta.astype(float)
-    steps = step * np.eye(len(theta))
-    return np.array([(function(theta + d) - function(theta - d)) / (2 * step) for d in steps])
+def difference(one, other):
+    """The largest difference of two lists of arrays."""
+    return max(np.abs(a - b).max() for a, b in zip(one, other, strict=True))
 
 
 def handed_over(brain):
-    """Let a brain update; return the gradient that it handed to the server."""
-    gradients = []
-    brain.parameter_server.apply_gradient = lambda gradient, _: gradients.append(gradient)
-    try:
-        brain.update_parameter_server()
-    finally:
-        del brain.parameter_server.apply_gradient
-    (gradient,) = gradients
-    return gradient
+    """Let a brain update; return the gradients that it handed to the server."""
+    handed = []
+    brain.parameter_server.apply_gradients = handed.append
+    brain.update_parameter_server()
+    del brain.parameter_server.apply_gradients
+    (gradients,) = handed
+    return gradients
 
 
-def test_loss_of_one_sample_computed_by_hand():
-    p, v = tf.constant([[0.25, 0.75]]), tf.constant([[0.5]])
-    loss = a3c.LocalBrain.loss_total(p, v, tf.constant([[0.0, 1.0]]), tf.constant([[2.0]]))
+def test_loss_of_one_sample_computed_by_hand(brain):
+    p, v = tf.constant([[0.25, 0.75]]), tf.constant([0.5])
+    (loss,) = brain.loss_total(p, v, tf.constant([[0.0, 1.0]]), tf.constant([2.0]))
     # -log .75 · 1.5  +  .5 · 1.5²  +  .01 · (.25 log .25 + .75 log .75)
-    assert loss.shape == (1, 1)
-    assert float(loss[0, 0]) == pytest.approx(0.4315231087 + 1.125 - 0.0056233514, abs=1e-6)
+    assert float(loss) == pytest.approx(0.4315231087 + 1.125 - 0.0056233514, abs=1e-6)
 
 
-@pytest.mark.parametrize("samples", [5, 12, 40])
-def test_gradient_equals_finite_differences_with_r_and_advantage_held_constant(
-        server, brain, rng, samples):
-    theta = brain.theta
+@pytest.mark.parametrize("samples", [5, 40])
+def test_gradients_equal_finite_differences_with_r_and_advantage_held_constant(
+        brain, rng, samples):
+    theta = brain.weights
     s, a, R_n, s_, mask = fill_queue(brain, rng, samples)
-    gradient = handed_over(brain)
-    R = return_of(server.unpack(theta), R_n, s_, mask)
-    advantage = R - forward(server.unpack(theta), s)[1]
+    gradients = handed_over(brain)
 
-    def held(t):
-        return mean_loss(server.unpack(t), s, a, R, advantage)
+    def return_of(weights):
+        return R_n + a3c.GAMMA_N * forward(weights, s_)[1] * mask
 
-    def moving_advantage(t):
-        return mean_loss(server.unpack(t), s, a, R, R - forward(server.unpack(t), s)[1])
+    R = return_of(theta)
+    advantage = R - forward(theta, s)[1]
+    held = finite_differences(lambda w: mean_loss(w, s, a, R, advantage), theta)
+    moving_advantage = finite_differences(
+        lambda w: mean_loss(w, s, a, R, R - forward(w, s)[1]), theta)
+    moving_return = finite_differences(
+        lambda w: mean_loss(w, s, a, return_of(w), advantage), theta)
+    for gradient, expected in zip(gradients, held, strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=5e-5)
+    assert difference(gradients, moving_advantage) > 0.01
+    assert difference(gradients, moving_return) > 0.01
 
-    def moving_return(t):
-        return mean_loss(server.unpack(t), s, a, return_of(server.unpack(t), R_n, s_, mask),
-                         advantage)
 
-    np.testing.assert_allclose(gradient, finite_differences(held, theta), rtol=1e-3, atol=5e-5)
-    assert np.abs(gradient - finite_differences(moving_advantage, theta)).max() > 0.01
-    assert np.abs(gradient - finite_differences(moving_return, theta)).max() > 0.01
-
-
-def test_gradient_is_that_of_the_brains_own_weights_and_changes_the_servers(server, brain, rng):
-    own = brain.theta
-    samples_rng = np.random.default_rng(1)
-    fill_queue(brain, samples_rng, 9)
-    gradient = handed_over(brain)
-    shared = rng.normal(size=own.shape).astype(np.float32)  # meanwhile, others change θ
-    server.theta = shared
+def test_gradients_are_those_of_the_brains_own_weights_and_change_the_servers(server, brain, rng):
+    own = brain.weights
     fill_queue(brain, np.random.default_rng(1), 9)
-    np.testing.assert_allclose(handed_over(brain), gradient, atol=1e-6)
+    gradients = handed_over(brain)
+    shared = [rng.normal(size=w.shape).astype(np.float32) for w in own]
+    server.weights = shared  # meanwhile, others change θ
     fill_queue(brain, np.random.default_rng(1), 9)
     brain.update_parameter_server()
-    expected = shared - 5e-3 * gradient / np.sqrt(0.99 + 0.01 * gradient**2 + 1e-10)
-    np.testing.assert_allclose(server.theta, expected, rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(brain.theta, own)
+    expected = [w - 5e-3 * g / np.sqrt(0.99 + 0.01 * g**2 + 1e-10)
+                for w, g in zip(shared, gradients)]
+    assert difference(server.weights, expected) < 1e-6
+    assert brain.weights is own
 
 
-def test_gradient_is_found_without_the_servers_lock_and_applied_under_it(server, brain, rng):
-    before = server.theta
+def test_gradients_are_computed_without_the_servers_lock_and_applied_under_it(server, brain, rng):
+    before = server.weights
     fill_queue(brain, rng, 9)
-    found = threading.Event()
-    apply_gradient = server.apply_gradient
+    computed = threading.Event()
+    apply_gradients = server.apply_gradients
 
-    def spy(*arguments):
-        found.set()
-        apply_gradient(*arguments)
+    def spy(gradients):
+        computed.set()
+        apply_gradients(gradients)
 
-    server.apply_gradient = spy
-    try:
-        thread = threading.Thread(target=brain.update_parameter_server)
-        with server.update_lock:
-            thread.start()
-            assert found.wait(20)  # the gradient is there although the lock is taken
-            thread.join(0.2)
-            assert thread.is_alive() and server.theta is before  # it waits to be applied
-        thread.join(20)
-        assert server.updates == 1 and server.theta is not before
-    finally:
-        del server.apply_gradient
+    server.apply_gradients = spy
+    thread = threading.Thread(target=brain.update_parameter_server)
+    with server.lock:
+        thread.start()
+        assert computed.wait(20)  # the gradients are there although the lock is taken
+        thread.join(0.2)
+        assert thread.is_alive() and server.weights is before  # it waits to apply them
+    thread.join(20)
+    assert server.weights is not before
 
 
 def test_sixty_updates_equal_the_articles_graph_in_tensorflow_1(server, brain, rng):
     graph = tf.Graph()
     with graph.as_default():
-        weights = [tf.compat.v1.Variable(w) for w in server.unpack(server.theta)]
+        weights = [tf.compat.v1.Variable(w) for w in server.weights]
 
         def network(state):
             hidden = tf.nn.relu(state @ weights[0] + weights[1])
@@ -136,135 +142,93 @@ def test_sixty_updates_equal_the_articles_graph_in_tensorflow_1(server, brain, r
         optimizer = tf.compat.v1.train.RMSPropOptimizer(5e-3, 0.99)
         update = optimizer.apply_gradients(zip(tf.gradients(loss, weights), weights))
         start = tf.compat.v1.global_variables_initializer()
-    first = server.theta
+    first = server.weights
     session = tf.compat.v1.Session(graph=graph)  # no `with`: that would change TensorFlow's mode
     session.run(start)
     for samples in [5, 11, 40] * 20:
         columns = fill_queue(brain, rng, samples)
-        values = [np.reshape(x, (samples, -1)) for x in columns]
-        session.run(update, dict(zip(feeds, values)))
+        session.run(update, dict(zip(feeds, [np.reshape(x, (samples, -1)) for x in columns])))
         brain.update_parameter_server()
         brain.pull_parameter_server()
-    twin = np.concatenate([w.ravel() for w in session.run(weights)])
+    twin = session.run(weights)
     session.close()
-    assert server.updates == 60 and np.abs(server.theta - first).max() > 0.02
-    np.testing.assert_allclose(server.theta, twin, rtol=0, atol=1e-6)
+    assert difference(server.weights, first) > 0.02
+    assert difference(server.weights, twin) < 1e-6
 
 
-def test_mean_square_starts_at_1_and_every_brain_with_the_servers_weights():
-    server = a3c.ParameterServer(seed=3)
-    assert server.theta.shape == server.mean_square.shape == (131,)
-    assert server.theta.dtype == np.float32 and (server.mean_square == 1).all()
-    np.testing.assert_array_equal(server.theta, a3c.ParameterServer(seed=3).theta)
-
-
-def test_staleness_counts_the_updates_of_others_since_the_pull(server, rng):
-    brains = [a3c.LocalBrain(f"brain{i}", server) for i in range(3)]
-    for brain in brains:  # all have pulled at update 0
-        fill_queue(brain, rng, 5)
-        brain.update_parameter_server()
-    brains[0].pull_parameter_server()
-    fill_queue(brains[0], rng, 5)
-    brains[0].update_parameter_server()
-    assert server.staleness == [0, 1, 2, 0]
+def test_mean_squares_start_at_1_and_the_learning_rate_is_the_articles():
+    server = a3c.ParameterServer()
+    assert [w.shape for w in server.weights] == [(4, 16), (16,), (16, 2), (2,), (16, 1), (1,)]
+    assert all(w.dtype == np.float32 for w in server.weights + server.mean_squares)
+    assert all((m == 1).all() for m in server.mean_squares)
+    assert server.learning_rate == 5e-3
 
 
 def test_below_min_batch_nothing_changes_and_the_samples_stay(server, brain, rng):
-    before = server.theta
+    before = server.weights
     fill_queue(brain, rng, a3c.MIN_BATCH - 1)
     brain.update_parameter_server()
-    assert server.theta is before and server.updates == 0
-    assert len(brain.train_queue) == a3c.MIN_BATCH - 1
+    assert server.weights is before and len(brain.train_queue) == a3c.MIN_BATCH - 1
     fill_queue(brain, rng, 1)
     brain.update_parameter_server()
-    assert server.updates == 1 and len(brain.train_queue) == 0
+    assert server.weights is not before and len(brain.train_queue) == 0
 
 
-def test_sample_without_a_later_state_is_queued_with_none_state_and_mask_0(brain):
-    s, a = np.arange(4.0), np.array([0.0, 1.0])
-    brain.train_push(s, a, 2.0, s + 1)
-    brain.train_push(s, a, 3.0, None)
-    (_, _, first, s_1, mask_1), (_, _, second, s_2, mask_2) = brain.train_queue
-    assert (first, mask_1, second, mask_2) == (2.0, 1, 3.0, 0)
-    np.testing.assert_array_equal(s_1, s + 1)
-    np.testing.assert_array_equal(s_2, np.zeros(4))
-
-
-def test_model_is_keras_with_the_weights_as_they_are_now(server, brain, rng):
-    for _ in range(2):
-        brain.theta = rng.normal(size=(131,)).astype(np.float32)
-        brain.push_parameter_server()
-        weights = server.model.get_weights()
-        assert [w.shape for w in weights] == [(4, 16), (16,), (16, 2), (2,), (16, 1), (1,)]
-        np.testing.assert_array_equal(np.concatenate([w.ravel() for w in weights]), brain.theta)
-
-
-def test_predict_p_equals_keras(server, brain, rng):
+def test_p_and_v_equal_keras(server, brain, rng):
     for scale in 0.1, 1.0, 5.0:
-        brain.theta = rng.normal(size=(131,), scale=scale).astype(np.float32)
+        brain.weights = [rng.normal(size=w.shape, scale=scale).astype(np.float32)
+                         for w in server.weights]
         brain.push_parameter_server()
+        server.model.set_weights(server.weights)
         s = rng.normal(size=(64, 4), scale=2).astype(np.float32)
-        p = brain.predict_p(s)
-        assert p.shape == (64, 2)
-        np.testing.assert_allclose(p.sum(axis=1), 1, atol=1e-6)
-        np.testing.assert_allclose(p, server.model(s)[0], atol=1e-6)
+        expected_p, expected_v = server.model(s)
+        p, v = brain.predict(s)
+        np.testing.assert_allclose(p, expected_p, atol=1e-6)
+        np.testing.assert_allclose(v, expected_v[:, 0], rtol=1e-5, atol=1e-5)
+        p, v = brain.predict(s[3])
+        np.testing.assert_allclose(p, expected_p[3], atol=1e-6)
+        assert v == pytest.approx(float(expected_v[3, 0]), rel=1e-5, abs=1e-5)
+        np.testing.assert_array_equal(p, brain.predict_p(s[3]))
 
 
-def test_predict_p_survives_logits_that_overflow_exp(brain):
-    brain.theta = np.full((131,), 100, np.float32)
-    np.testing.assert_allclose(brain.predict_p(np.ones((2, 4), np.float32)), 0.5)
+def test_p_survives_logits_that_overflow_exp(brain):
+    brain.weights = [np.full_like(w, 100) for w in brain.weights]
+    np.testing.assert_allclose(brain.predict_p(np.ones(4, np.float32)), 0.5)
 
 
-def test_what_was_pulled_does_not_move_with_updates_until_the_next_pull(server, brain, rng):
-    other = a3c.LocalBrain("other", server)
-    s, before = rng.normal(size=(3, 4)).astype(np.float32), other.theta.copy()
-    p = other.predict_p(s)
+def test_what_was_pulled_does_not_change_with_updates_until_the_next_pull(server, brain, rng):
+    other = a3c.LocalBrain(server)
+    before = [w.copy() for w in other.weights]
     fill_queue(brain, rng, 8)
     brain.update_parameter_server()
-    np.testing.assert_array_equal(other.theta, before)
-    np.testing.assert_array_equal(other.predict_p(s), p)
+    assert difference(other.weights, before) == 0
+    assert difference(server.weights, before) > 1e-6
     other.pull_parameter_server()
-    assert np.abs(other.theta - before).max() > 1e-6
-    np.testing.assert_allclose(other.predict_p(s), server.model(s)[0], atol=1e-6)
+    assert difference(other.weights, server.weights) == 0
 
 
 def test_eight_threads_lose_no_update(server):
-    def work(brain, updates):
-        for _ in range(updates):
-            fill_queue(brain, np.random.default_rng(1), 6)
-            brain.update_parameter_server()  # it never pulls, so each gradient is the same
+    gradients = [np.full_like(w, 0.01) for w in server.weights]
 
-    start = server.theta
-    brains = [a3c.LocalBrain(f"brain{i}", server) for i in range(8)]
-    threads = [threading.Thread(target=work, args=(brain, 250)) for brain in brains]
+    def work(server, updates):
+        for _ in range(updates):
+            server.apply_gradients(gradients)
+
+    in_a_row = a3c.ParameterServer()
+    in_a_row.weights = server.weights
+    work(in_a_row, 8000)
+    threads = [threading.Thread(target=work, args=(server, 1000)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    theta, mean_square, updates = server.theta, server.mean_square, server.updates
-
-    server.theta, server.mean_square = start, np.ones_like(start)
-    work(brains[0], 2000)
-    assert updates == 2000
-    np.testing.assert_allclose(theta, server.theta, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(mean_square, server.mean_square, rtol=1e-5, atol=1e-5)
+    assert difference(server.weights, in_a_row.weights) == 0
+    assert difference(server.mean_squares, in_a_row.mean_squares) == 0
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_gradient_that_is_not_finite_is_an_error_that_leaves_theta_as_it_was(
-        server, brain, rng, poison):
-    before = server.theta
-    fill_queue(brain, rng, 6)
-    brain.train_push(np.zeros(4), np.eye(2)[0], poison, None)
-    server.frames = 4321
-    with pytest.raises(FloatingPointError, match="not finite.*4321"):
-        brain.update_parameter_server()
-    assert server.theta is before and server.updates == 0
-
-
-def test_no_gradient_is_applied_once_learning_is_over(server, brain, rng):
-    before = server.theta
-    server.progress.stop.set()
+def test_no_gradients_are_applied_once_learning_is_over(server, brain, rng):
+    before, mean_squares = server.weights, server.mean_squares
+    server.stop.set()
     fill_queue(brain, rng, 10)
     brain.update_parameter_server()
-    assert server.theta is before and server.updates == 0
+    assert server.weights is before and server.mean_squares is mean_squares
