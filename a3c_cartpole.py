@@ -1,15 +1,23 @@
 """A3C on CartPole, complete in this one file: Keras, TensorFlow and threads, on the CPU.
 
     python a3c_cartpole.py      # learns within seconds; films are then in movie/A3C
+    uv run a3c_cartpole.py      # the same, and installs what it needs first
 
-A3C is Asynchronous Advantage Actor-Critic. Eight threads each play a CartPole of their own and
-improve one shared network. θ are the weights of this network, θ' is a thread's copy. Each thread
-repeats this loop, independently of the others (the numbers are those of the article's list):
+A3C is Asynchronous Advantage Actor-Critic:
+- Actor-Critic: a network has two outputs. The actor gives p, the probability of each action. The
+  critic gives V(s), the discounted sum of the rewards that it expects from the state s on.
+- Advantage: how much better an action turned out than the critic expected. If it was better, the
+  actor makes this action more probable, and if it was worse, less probable.
+- Asynchronous: eight threads each play a CartPole of their own and improve one shared network. No
+  thread waits for another's steps.
+
+The parameter server keeps θ, the weights of the shared network. θ' is a thread's copy. Each thread
+repeats this loop (the numbers are those of the article's list):
 
     1.        copy the shared weights: θ' ← θ              LocalBrain.pull_parameter_server
-    2. to 5.  play up to T_MAX = 10 steps with the copy    Environment.run
-              and make a sample of each: s, a and its      Agent.advantage_push_local_brain
-              n-step return R
+    2. to 5.  play up to T_MAX = 10 steps with the copy,   Environment.run
+              and make a sample of each step as soon as    Agent.advantage_push_local_brain
+              its next n = 5 rewards are known
     6.        compute the gradients of the loss, which     LocalBrain.gradients
               has terms for the actor and the critic       LocalBrain.loss_total
     7.        hand the gradients to the server             LocalBrain.update_parameter_server
@@ -18,12 +26,12 @@ repeats this loop, independently of the others (the numbers are those of the art
 
 Why several threads? Successive steps of one game resemble each other, and a network that learns
 from them alone easily goes wrong: it fits the present part of the game and forgets the other parts.
-DQN therefore learns from a random mixture of old steps, its replay memory. It may, because its
-target asks for the best next action, whatever was done then. A3C may not: its loss is right only
-for actions that were drawn with the present p (loss_total says why). So it mixes fresh steps of
-several games, of which one begins while another is about to end. (CartPole is so easy that one
-thread learns it, too. The article also says that threads make learning faster. Here they do not,
-because Python runs one of them at a time.)
+DQN therefore learns from old steps in random order, its replay memory. It can, because its target
+does not depend on how the old action was chosen. A3C cannot: its loss is right only for actions
+that were drawn with the present p (loss_total says why). So it mixes fresh steps of several games:
+while one begins, another is about to end. (CartPole is so easy that one thread learns it, too. The
+article also says that threads make learning faster. Here they do not, because Python runs the code
+of one thread at a time.)
 
 This is the program of Sugulu's article 「実装しながら学ぶA3C」 of 2017, for today's libraries:
 https://qiita.com/sugulu/items/acbc909dd9b74b043e45. The classes come in the order in which the
@@ -31,9 +39,8 @@ article explains them. "The paper" is Mnih et al., 2016, https://arxiv.org/abs/1
 README.md lists what differs from the article, and its misprints.
 
 Symbols: s, a, r: state, action, reward. s' (in code s_): a later state. γ: the weight of a reward
-that comes one step later. p: the probability of each action. V(s): the value of s, the discounted
-sum of the rewards to come, as the network estimates it. R: the n-step return, a better estimate of
-it: n rewards as they came, and then V. In shapes, B is the size of a batch.
+that comes one step later. R: the n-step return, a better estimate than V(s): n rewards as they
+came, and V from there on. In shapes, B is the size of a batch.
 """
 import argparse
 import collections
@@ -47,13 +54,14 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 # These settings must be made before the imports below.
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"               # a network this small needs no GPU
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")      # no start-up messages
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")      # no messages at the start,
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")     # nor this one
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")    # TensorFlow's own threads would only
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")    # slow ours down
 
@@ -75,7 +83,7 @@ LOSS_V = .5             # coefficient of the value loss
 LOSS_ENTROPY = .01      # coefficient of the entropy
 LEARNING_RATE = 5e-3    # for CartPole-v0
 LEARNING_RATE_V1 = 2e-3 # not in the article: for CartPole-v1, where 5e-3 learns and forgets again
-RMSPROP_DECAY = .99     # the share of its old mean that RMSProp keeps at each update
+RMSPROP_DECAY = .99     # RMSProp: new mean = .99 · old mean + .01 · squared gradient
 
 # -- constants of Advantage: see Agent.advantage_push_local_brain
 GAMMA = .99             # γ
@@ -88,8 +96,8 @@ T_MAX = 10              # steps of a thread between two of its updates (article:
                         # or 6 each update has MIN_BATCH samples or more; with another n, some
                         # samples may have to wait for the next update.
 
-# -- constants of ε-greedy (ε-greedy法): with probability ε an action is random, whatever p says.
-# The article adds this to A3C. A random action is then learned as if it had been drawn from p.
+# -- constants of ε-greedy (ε-greedy法): with probability ε an action is random, and p is ignored.
+# The article adds this to A3C. The loss treats such an action as if it had been drawn from p.
 EPS_START = .5
 EPS_END = 0.
 EPS_STEPS = 200 * N_WORKERS     # after this number of steps, of all threads together, ε is EPS_END
@@ -99,8 +107,8 @@ def main(argv=None):
     """Learn, then test what was learned. Return the exit status. Article: 「メイン関数」."""
     args = read_options(argv)
 
-    # M0. What all threads share: an object in memory, neither a thread nor another computer. It
-    #     also holds what the article has as globals, frames and isLearned.
+    # M0. What all threads share. It is only an object in memory, not a thread and not another
+    #     computer. It also holds what the article has as globals, frames and isLearned.
     learning_rate = LEARNING_RATE_V1 if args.env == "CartPole-v1" else LEARNING_RATE
     parameter_server = ParameterServer(args.seed, args.max_episodes, learning_rate)
 
@@ -124,30 +132,29 @@ def main(argv=None):
 
 def learn(parameter_server, workers, args):
     """Let each worker run in a thread of its own until learning is over, and keep the results."""
-    threads = [threading.Thread(target=worker.run, name=worker.name) for worker in workers]
     started = time.perf_counter()
     try:
-        # M2. Start the threads. start() returns at once. From now on Python runs sometimes one of
-        #     them and sometimes another, and sometimes what follows here.
+        # M2. Start the threads. start() returns at once, and worker.run goes on in the new thread.
+        #     Python switches between all threads, and what follows here, at any moment.
         with one_core():                            # (only for speed)
-            for thread in threads:
-                thread.start()
+            for worker in workers:
+                worker.start()
         show_progress(parameter_server, workers)    # until learning is over
     finally:
         # M3. `stop` is a flag that all threads see. Each thread ends after its present episode;
         #     join() waits for that.
         parameter_server.stop.set()
-        for thread in threads:
-            if thread.is_alive():
-                thread.join()
+        for worker in workers:
+            if worker.is_alive():
+                worker.join()
         keep_results(parameter_server, time.perf_counter() - started, args)
 
 
-class WorkerThread:
-    """What a thread does. Article: 「Worker_Thread」."""
+class WorkerThread(threading.Thread):
+    """A thread with an environment of its own. Article: 「Worker_Thread」."""
 
     def __init__(self, thread_name, thread_type, parameter_server, env=ENV):
-        self.name = thread_name
+        super().__init__(name=thread_name)
         self.parameter_server = parameter_server
         self.environment = Environment(thread_name, thread_type, parameter_server, env)
 
@@ -168,7 +175,7 @@ class Environment:
         self.thread_type = thread_type
         self.parameter_server = parameter_server
         self.agent = Agent(name, thread_type, parameter_server)
-        self.env = gym.make(env, disable_env_checker=True,
+        self.env = gym.make(env, disable_env_checker=True,      # the checker takes time
                             render_mode="rgb_array" if thread_type == "test" else None)
         self.env.reset(seed=self.agent.rng.getrandbits(31))     # fixes all later resets, too
         self.max_steps = self.env.spec.max_episode_steps        # 200 (CartPole-v1: 500)
@@ -225,8 +232,8 @@ class Environment:
                           self.parameter_server.frames)
         is_winner = self.parameter_server.record(episode, bool(mean > self.max_steps - 1))
         if is_winner:
-            # Not in the article, where θ becomes the last θ': it becomes the mean of these ten θ',
-            # which let the pole fall more seldom.
+            # Not in the article, where the server gets the winner's last θ'. With the mean of its
+            # ten last θ' the pole falls less often.
             brain = self.agent.brain
             brain.weights = [np.mean(arrays, axis=0) for arrays in zip(*self.last_weights)]
             brain.push_parameter_server()
@@ -246,8 +253,8 @@ class Agent:
     def act(self, s):
         """Choose an action in the state s (4,).
 
-        In Q-learning it would be the action of the largest Q. Here it is drawn with the
-        probabilities p, so that both actions are tried, and more often the one that seems better.
+        Q-learning would take the action with the largest Q. Here the action is drawn with the
+        probabilities p: both are tried, the one that seems better more often.
         """
         p = self.brain.predict_p(s)
         if self.thread_type == "test":
@@ -301,9 +308,8 @@ class Agent:
 class ParameterServer:
     """The network that all threads share, and the optimizer that changes it.
 
-    Article: 「ParameterServer」, and Fig. 2 in 「Asynchronous」. It is not a thread itself: the
-    workers call its methods, each in its own thread. Asynchronous (非同期) means that no thread
-    waits for another's steps:
+    Article: 「ParameterServer」, and Fig. 2 in 「Asynchronous」. The workers call its methods, each
+    in its own thread. Asynchronous (非同期) means that no thread waits for another's steps:
 
         thread 1                  thread 2                  the shared weights
         copies θ0                 copies θ0                 θ0
@@ -313,18 +319,24 @@ class ParameterServer:
                                                             gradients were computed with θ0
         copies θ2, plays          plays                     θ2
 
-    Why does thread 1 play with a copy? Otherwise θ would change while it plays, at any step. But
-    its gradients must be computed with the p with which its actions were drawn (see loss_total).
+    Why does thread 1 play with a copy? If it played with θ itself, other threads would change the
+    weights between two of its steps. But its gradients must be computed with the same p with which
+    its actions were drawn (loss_total says why).
+
     Why do old gradients little harm? Those of thread 1 say how θ0 should change, and they change
     θ1: they are one update old. With eight threads it is seven updates on average, because each of
-    the other seven threads makes about one meanwhile. Seven updates change p by about 0.01, so the
-    gradients still point nearly the right way.
+    the other seven threads makes about one meanwhile; some are newer and some much older. Seven
+    updates change p by 0.01 on average (measured). So the gradients still point nearly the right
+    way.
+
     Why a lock to update (排他制御)? Python may switch threads at any moment. If two of them made a
-    new θ from the same θ1, the one that stores its result last would erase the other's update. (The
-    paper has no lock. There now and then a change is lost.)
+    new θ from the same θ1, the one that stores its result last would erase the other's update.
+    (Neither article nor paper has a lock. There an update is lost now and then.)
+
     Why no lock to copy? An update makes a new list of new arrays and does not change the old ones
-    (上書きしない). Then one assignment replaces the list. So a thread gets the old list or the new
-    one, never a mixture. Nobody changes its list later: it serves as the copy.
+    (上書きしない). One assignment then puts the new list in place of the old one. So a thread gets
+    one list or the other, never a mixture, and the list that it holds never changes: this is its
+    copy.
     """
 
     def __init__(self, seed=None, max_episodes=20_000, learning_rate=LEARNING_RATE):
@@ -338,7 +350,7 @@ class ParameterServer:
         # RMSProp's running means of squared gradients. They start at 1, as in TensorFlow 1, so that
         # the first updates are small.
         self.mean_squares = [np.ones_like(w) for w in self.weights]
-        self.compute_gradients = LocalBrain._build_graph(self.model)    # compiled once for all
+        self.compiled_gradients = LocalBrain._build_graph(self.model)   # one for all threads
 
         self.lock = threading.Lock()
         self.frames = 0                 # steps of all learning threads (the article's comment says
@@ -377,7 +389,7 @@ class ParameterServer:
 
     def count_step(self):
         """Count a step of any learning thread."""
-        with self.lock:
+        with self.lock:     # += reads and then stores, and Python may switch threads in between
             self.frames += 1
 
     def record(self, episode, has_learned):
@@ -397,13 +409,12 @@ class LocalBrain:
 
     def __init__(self, parameter_server):
         self.parameter_server = parameter_server
-        self.compute_gradients = parameter_server.compute_gradients     # `gradients`, compiled
         self.train_queue = []           # samples: s, a, R_n, s', s_mask
         self.pull_parameter_server()
 
     def pull_parameter_server(self):
         """1. and 9. Take the weights that the server has now: θ' ← θ."""
-        # No update ever changes this list (see ParameterServer), so it serves as a copy.
+        # This list never changes (see ParameterServer), so it is a copy.
         self.weights = self.parameter_server.weights
 
     def push_parameter_server(self):
@@ -431,16 +442,17 @@ class LocalBrain:
         s, a, R_n, s_, s_mask = [np.array(column, np.float32) for column in zip(*self.train_queue)]
         self.train_queue = []
 
-        # V(s') stands for all later rewards. If s' is the end there are none, and s_mask is 0. Only
-        # there R_n may have fewer than n rewards, so γ^n is right. (The article says that R(t) is
-        # V(t). V(s) is what the network says, and R is what it should say.)
+        # V(s') stands for all rewards after the n. After the end there are none, so s_mask is 0.
+        # (Only such samples can have fewer than n rewards, so γ^n is right for the others. The
+        # article says that R(t) is V(t). V(s) is what the critic says, R is what it should say.)
         _, v_ = self.predict(s_)
         R = R_n + GAMMA_N * v_ * s_mask
 
         # 6. The thread computes the gradients, from its own samples and with its own θ'.
-        #    compute_gradients is the next method, `gradients`, for the server's model, compiled.
+        #    (compiled_gradients is the next method, `gradients`, compiled for all threads.)
         weights = [tf.constant(w) for w in self.weights]
-        gradients = self.compute_gradients(weights, tf.constant(s), tf.constant(a), tf.constant(R))
+        gradients = self.parameter_server.compiled_gradients(
+            weights, tf.constant(s), tf.constant(a), tf.constant(R))
         # 7. It hands over the gradients, not its weights.
         self.parameter_server.apply_gradients([gradient.numpy() for gradient in gradients])
 
@@ -459,37 +471,37 @@ class LocalBrain:
         """The loss of each sample (B,): p (B, 2), V(s) (B,), a as one-hot (B, 2), R (B,).
 
         Article: 「Actor-Critic」. Paper: section 4, "Asynchronous advantage actor-critic".
+
+        The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage.
+        Suppose the cart was pushed to the right and the critic expected V = 0.1. If R = -0.9, the
+        advantage is -1, and this push becomes less probable. If R = 0.4, the advantage is 0.3, and
+        it becomes a little more probable. An optimizer makes a loss small: hence the minus.
+
+        Why not R itself? In a bad state R < 0 for both actions. Then each draw makes the drawn
+        action less probable, even if it is the better one. The worse one loses more, so this is
+        right on average, but slow and noisy. R - V(s) is on average above 0 for the better action
+        and below 0 for the worse one.
+
+        Why the logarithm? An action with p = 0.1 is drawn once in ten times. The slope of log p is
+        1/p times that of p, so this one draw counts ten times, and no action gains only because it
+        is drawn often. This is right only with the p of the draw. If p was 0.1 then and is 0.9 now,
+        the draw counts 1/0.9 = 1.1 times instead of ten times. So a thread plays with a copy, and
+        A3C has no replay memory. (Two small exceptions: the four samples that wait for the next
+        update, and the random actions of ε.)
+
+        Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this
+        loss, -log p·(R - V(s)), would train V(s), too: the larger V(s), the smaller the loss, as
+        -log p is never negative. So V(s) would rise above R.
+
+        The critic moves V(s) towards R. (R was computed in NumPy: no gradient reaches its V(s').)
+
+        The entropy -Σ p·log p is large if both actions are about equally probable. Its negative, as
+        a loss, keeps p from becoming 0 or 1 too early (エントロピー項).
         """
-        # The sum is p of the action that was done, because a is one-hot. (1e-10: never log 0.)
-        log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)
-        advantage = R - v       # how much better it went than the critic expected
-
-        # The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage.
-        # Suppose the cart was pushed to the right and the critic expected V = 0.1. If R = -0.9, the
-        # advantage is -1, and this push becomes less probable. If R = 0.4, the advantage is 0.3,
-        # and it becomes a little more probable. An optimizer makes a loss small: hence the minus.
-        # Why not R itself? In a bad state R < 0 for both actions. Then each draw makes the drawn
-        # action less probable, even if it is the better one. The worse one loses more, so this is
-        # right on average, but single draws often push the wrong way. R - V(s) is on average above
-        # 0 for the better action and below 0 for the worse one.
-        # Why the logarithm? An action with p = 0.1 is drawn once in ten times. The slope of log p
-        # is 1/p times that of p, so this one draw counts ten times, and no action gains only
-        # because it is drawn often. This is right only with the p with which the action was drawn:
-        # if p is 0.9 now, a draw from the time of p = 0.1 counts 1/0.9 = 1.1 times, where it should
-        # count ten times. Hence the copy θ', and no replay memory. (Two exceptions are small. Of
-        # samples 7 to 16 in the table of advantage_push_local_brain, four were played with the copy
-        # before, which is nearly the same. And ε draws without p, but only at first, while p is
-        # near ½.)
-        # Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this
-        # loss, -log p·(R - V(s)), would train V(s), too: the larger V(s), the smaller the loss, as
-        # -log p is never negative. So V(s) would rise above R.
+        log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)   # of the action that was done
+        advantage = R - v
         loss_policy = -log_prob * tf.stop_gradient(advantage)
-
-        # The critic. Move V(s) towards R. (R was computed in NumPy: no gradient reaches its V(s').)
         loss_value = LOSS_V * tf.square(advantage)
-
-        # The entropy -Σ p·log p is large if both actions are about equally probable. Its negative,
-        # as a loss, keeps p from becoming 0 or 1 too early (エントロピー項).
         minus_entropy = tf.reduce_sum(p * tf.math.log(p + 1e-10), axis=1)
         loss_entropy = LOSS_ENTROPY * minus_entropy
         return loss_policy + loss_value + loss_entropy
@@ -620,10 +632,11 @@ def show_progress(server, workers):
             is_over = server.stop.wait(.1)      # without a timeout, Windows ignores Ctrl-C
             for task, worker in zip(tasks, workers):
                 bars.update(task, completed=worker.environment.total_reward_vec.mean())
-            for e in server.history[shown:] if bars.disable else ():
-                print(f"{e.thread}  episode {e.episode}  steps {e.steps}"
-                      f"  mean of last 10 {e.mean_of_last_10:.1f}", flush=True)
-                shown += 1
+            if bars.disable:
+                for e in server.history[shown:]:
+                    print(f"{e.thread}  episode {e.episode}  steps {e.steps}"
+                          f"  mean of last 10 {e.mean_of_last_10:.1f}", flush=True)
+                    shown += 1
 
 
 def keep_results(server, seconds, args):
@@ -642,9 +655,11 @@ def keep_results(server, seconds, args):
 def load_weights(model, path):
     """Return the weights that an earlier run has saved, or end with exit status 2."""
     try:
-        model.load_weights(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # the error says enough
+            model.load_weights(path)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason, _, _ = str(error).partition(". ")   # Keras goes on with all the numbers
         print(f"error: argument --play: {path} does not hold the weights of this network: {reason}",
               file=sys.stderr)
         sys.exit(2)
@@ -676,7 +691,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
 
-# `uv run a3c_cartpole.py` installs what these lines name, in an environment of its own.
+# For `uv run`:
 # /// script
 # requires-python = ">=3.10,<3.14"
 # dependencies = [
