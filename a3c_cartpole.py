@@ -4,12 +4,14 @@
     uv run a3c_cartpole.py      # the same, and installs what it needs first
 
 A3C is Asynchronous Advantage Actor-Critic:
-- Actor-Critic: a network has two outputs. The actor gives p, the probability of each action. The
-  critic gives V(s), the discounted sum of the rewards that it expects from the state s on.
-- Advantage: how much better an action turned out than the critic expected. If it was better, the
-  actor makes this action more probable, and if it was worse, less probable.
+- Actor-Critic: a network has two outputs. The actor (Policy-Based) gives p, the probability of each
+  action. The critic (Value-Based) gives V(s), the discounted sum of the rewards that it expects
+  from the state s on.
+- Advantage: R - V(s), how much better an action turned out than the critic expected. If it was
+  better, the actor makes this action more probable, and if it was worse, less probable. (The
+  article's section 「Advantage」 explains only R, which looks n steps ahead.)
 - Asynchronous: eight threads each play a CartPole of their own and improve one shared network. No
-  thread waits for another's steps.
+  thread waits until another has played its steps.
 
 The parameter server keeps θ, the weights of the shared network. θ' is a thread's copy. Each thread
 repeats this loop (the numbers are those of the article's list):
@@ -17,30 +19,32 @@ repeats this loop (the numbers are those of the article's list):
     1.        copy the shared weights: θ' ← θ              LocalBrain.pull_parameter_server
     2. to 5.  play up to T_MAX = 10 steps with the copy,   Environment.run
               and make a sample of each step as soon as    Agent.advantage_push_local_brain
-              its next n = 5 rewards are known
+              n = 5 rewards are known, its own included
     6.        compute the gradients of the loss, which     LocalBrain.gradients
               has terms for the actor and the critic       LocalBrain.loss_total
     7.        hand the gradients to the server             LocalBrain.update_parameter_server
     8.        the server changes θ by them                 ParameterServer.apply_gradients
     9.        back to 1.
 
-Why several threads? Successive steps of one game resemble each other, and a network that learns
-from them alone easily goes wrong: it fits the present part of the game and forgets the other parts.
-DQN therefore learns from old steps in random order, its replay memory. It can, because its target
-does not depend on how the old action was chosen. A3C cannot: its loss is right only for actions
-that were drawn with the present p (loss_total says why). So it mixes fresh steps of several games:
-while one begins, another is about to end. (CartPole is so easy that one thread learns it, too. The
-article also says that threads make learning faster. Here they do not, because Python runs the code
-of one thread at a time.)
+Symbols: s, a, r: state, action, reward. s' (in code s_): a later state. γ: the weight of a reward
+that comes one step later. p(a|s): the article's pi_θ(a|s). R: the n-step return, n rewards as they
+came and γ^n·V(s') for the rest: a better estimate than V(s). θ is never the pole's angle here. In
+shapes, B is the size of a batch.
+
+Why several threads, and no replay memory? Successive steps of one game resemble each other. A
+network that learns from them alone fits the present part of the game and forgets the other parts.
+DQN therefore stores its steps and learns from old ones in random order, its replay memory. It may
+use old steps, because its target does not depend on how the old action was chosen. A3C may not: its
+loss is right only for actions that were drawn with the present p (in loss_total, "Why the
+logarithm?"). So A3C learns from new steps of several games: successive updates come from different
+threads, and while one game begins, another is about to end. (CartPole is so easy that one thread
+learns it, too. Threads do not make this program faster, because Python runs the code of one thread
+at a time. The article names another advantage: as nothing is shuffled, one may use an LSTM.)
 
 This is the program of Sugulu's article 「実装しながら学ぶA3C」 of 2017, for today's libraries:
 https://qiita.com/sugulu/items/acbc909dd9b74b043e45. The classes come in the order in which the
 article explains them. "The paper" is Mnih et al., 2016, https://arxiv.org/abs/1602.01783.
 README.md lists what differs from the article, and its misprints.
-
-Symbols: s, a, r: state, action, reward. s' (in code s_): a later state. γ: the weight of a reward
-that comes one step later. R: the n-step return, a better estimate than V(s): n rewards as they
-came, and V from there on. In shapes, B is the size of a batch.
 """
 import argparse
 import collections
@@ -60,8 +64,8 @@ from pathlib import Path
 # These settings must be made before the imports below.
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"               # a network this small needs no GPU
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")      # no messages at the start,
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")     # nor this one
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")      # no messages at the start
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")     # without oneDNN and its message
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")    # TensorFlow's own threads would only
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")    # slow ours down
 
@@ -82,8 +86,8 @@ MIN_BATCH = 5           # an update needs at least this number of samples
 LOSS_V = .5             # coefficient of the value loss
 LOSS_ENTROPY = .01      # coefficient of the entropy
 LEARNING_RATE = 5e-3    # for CartPole-v0
-LEARNING_RATE_V1 = 2e-3 # not in the article: for CartPole-v1, where 5e-3 learns and forgets again
-RMSPROP_DECAY = .99     # RMSProp: new mean = .99 · old mean + .01 · squared gradient
+LEARNING_RATE_V1 = 2e-3 # not in the article: with 5e-3 CartPole-v1 is learned and then forgotten
+RMSPROP_DECAY = .99     # see ParameterServer.apply_gradients
 
 # -- constants of Advantage: see Agent.advantage_push_local_brain
 GAMMA = .99             # γ
@@ -92,9 +96,7 @@ GAMMA_N = GAMMA ** N_STEP_RETURN
 
 # -- constants of the threads
 N_WORKERS = 8           # learning threads
-T_MAX = 10              # steps of a thread between two of its updates (article: Tmax). With n = 5
-                        # or 6 each update has MIN_BATCH samples or more; with another n, some
-                        # samples may have to wait for the next update.
+T_MAX = 10              # steps of a thread between two of its updates (article: Tmax)
 
 # -- constants of ε-greedy (ε-greedy法): with probability ε an action is random, and p is ignored.
 # The article adds this to A3C. The loss treats such an action as if it had been drawn from p.
@@ -134,7 +136,7 @@ def learn(parameter_server, workers, args):
     """Let each worker run in a thread of its own until learning is over, and keep the results."""
     started = time.perf_counter()
     try:
-        # M2. Start the threads. start() returns at once, and worker.run goes on in the new thread.
+        # M2. Start the threads. start() returns at once, and worker.run runs in the new thread.
         #     Python switches between all threads, and what follows here, at any moment.
         with one_core():                            # (only for speed)
             for worker in workers:
@@ -177,7 +179,7 @@ class Environment:
         self.agent = Agent(name, thread_type, parameter_server)
         self.env = gym.make(env, disable_env_checker=True,      # the checker takes time
                             render_mode="rgb_array" if thread_type == "test" else None)
-        self.env.reset(seed=self.agent.rng.getrandbits(31))     # fixes all later resets, too
+        self.env.reset(seed=self.agent.rng.getrandbits(31))     # later resets depend on it
         self.max_steps = self.env.spec.max_episode_steps        # 200 (CartPole-v1: 500)
         self.total_reward_vec = np.zeros(10)                    # steps of the last ten episodes
         self.last_weights = collections.deque(maxlen=10)        # θ' after each of them
@@ -214,16 +216,16 @@ class Environment:
         """The article's reward for a step, instead of gym's, which is 1 for every step.
 
         It is 0 until the episode ends. So a correct V(s) lies between -1 and 1, and is near -1
-        shortly before a fall. The time limit counts as an end like any other.
+        shortly before a fall. At the time limit, too, the episode ends, and no V(s') follows.
         """
         if not done:
             return 0
         if step < self.max_steps - 1:
             return -1       # the pole has fallen, or the cart is out of range
-        return 1            # the pole has stood for 199 steps or more (CartPole-v1: 499)
+        return 1            # the episode has reached step 199 (CartPole-v1: 499)
 
     def finish_episode(self, step):
-        """Count an episode. If the last ten have a mean above 199 steps, learning is over."""
+        """Count an episode. If the last ten have a mean above 199 (v1: 499), learning is over."""
         self.count_trial_each_thread += 1
         self.total_reward_vec = np.hstack((self.total_reward_vec[1:], step))
         self.last_weights.append(self.agent.brain.weights)
@@ -271,18 +273,16 @@ class Agent:
     def advantage_push_local_brain(self, s, a, r, s_):
         """4. Remember a step, and hand the brain the samples that are complete now.
 
-        Article: 「Advantage」. There the word means looking n steps ahead; usually it means
-        R - V(s), how much better it went than expected. A3C does both. The n-step return R
-        estimates how good it was to do a in s. Its rewards are summed here, R_n; the brain
-        adds the last term:
+        Article: 「Advantage」. The n-step return R estimates how good it was to do a in s. Its
+        rewards are summed here, R_n; the brain adds the last term:
 
             R = r(t) + γ·r(t+1) + … + γ^(n-1)·r(t+n-1) + γ^n·V(s')       s' is n steps after s
 
         (The article prints γ·r(t) where γ·r(t+1) is meant. Its code updates one sum from step to
-        step; here each sum is made anew.) At the end of the episode (終端, s_ is None) no rewards
-        and no V(s') follow, so R is the sum of the rewards that are left: after a fall it is -1 for
-        the last step, -γ for the step before it, then -γ^2, and so on. With n = 5 and T_MAX = 10,
-        in an episode of 23 steps:
+        step; here each sum is made anew.) For most steps R is γ^n·V(s'), as their rewards are 0. At
+        the end of the episode (終端, s_ is None) nothing follows, so the last n steps have only the
+        sum of the rewards that are left: after a fall -1 for the last step, -γ for the step before
+        it, … -γ^(n-1). With n = 5 and T_MAX = 10, in an episode of 23 steps:
 
             after step    samples of steps    still in the memory    then
             10            1 to 6              7 to 10                update, with 6 samples
@@ -292,7 +292,8 @@ class Agent:
         Why n = 5? With n = 1, each update carries the effect of a fall only one step back. With
         n = 50, R depends on which fifty actions happened to be drawn (ばらつき), and says little
         about the first of them. (The article's reason against a large n, that an unfinished Q
-        chooses the later actions, is about Q-learning.)
+        chooses the later actions, is about Q-learning. In A3C p chooses them, and V is to say what
+        playing with this p brings.)
         """
         a_cats = np.zeros(NUM_ACTIONS)      # a as one-hot
         a_cats[a] = 1
@@ -309,7 +310,7 @@ class ParameterServer:
     """The network that all threads share, and the optimizer that changes it.
 
     Article: 「ParameterServer」, and Fig. 2 in 「Asynchronous」. The workers call its methods, each
-    in its own thread. Asynchronous (非同期) means that no thread waits for another's steps:
+    in its own thread. Asynchronous (非同期) means this:
 
         thread 1                  thread 2                  the shared weights
         copies θ0                 copies θ0                 θ0
@@ -321,17 +322,17 @@ class ParameterServer:
 
     Why does thread 1 play with a copy? If it played with θ itself, other threads would change the
     weights between two of its steps. But its gradients must be computed with the same p with which
-    its actions were drawn (loss_total says why).
+    its actions were drawn (in loss_total, "Why the logarithm?").
 
-    Why do old gradients little harm? Those of thread 1 say how θ0 should change, and they change
-    θ1: they are one update old. With eight threads it is seven updates on average, because each of
-    the other seven threads makes about one meanwhile; some are newer and some much older. Seven
-    updates change p by 0.01 on average (measured). So the gradients still point nearly the right
-    way.
+    Why do old gradients little harm? The gradients of thread 1 were computed with θ0, but they
+    change θ1: they are one update old. With eight threads they are seven updates old on average,
+    because each of the other seven threads makes about one meanwhile (the picture of the threads in
+    README.md shows how this varies). Seven updates change p by 0.01 on average. So the gradients
+    still point nearly the right way.
 
     Why a lock to update (排他制御)? Python may switch threads at any moment. If two of them made a
     new θ from the same θ1, the one that stores its result last would erase the other's update.
-    (Neither article nor paper has a lock. There an update is lost now and then.)
+    (Neither article nor paper has a lock. There an update can be lost.)
 
     Why no lock to copy? An update makes a new list of new arrays and does not change the old ones
     (上書きしない). One assignment then puts the new list in place of the old one. So a thread gets
@@ -353,8 +354,7 @@ class ParameterServer:
         self.compiled_gradients = LocalBrain._build_graph(self.model)   # one for all threads
 
         self.lock = threading.Lock()
-        self.frames = 0                 # steps of all learning threads (the article's comment says
-                                        # 試行数, trials); paper: T
+        self.frames = 0                 # steps of all learning threads (not 試行数); paper: T
         self.history = []               # an Episode for each one that was played to its end
         self.is_learned = False
         self.stop = threading.Event()   # learning is over, whatever the reason
@@ -376,8 +376,8 @@ class ParameterServer:
     def apply_gradients(self, gradients):
         """8. Change θ by gradients, a list of arrays: one step of RMSProp.
 
-        RMSProp divides the gradient of each weight by its usual size, so that in time all weights
-        take steps of about the same size.
+        RMSProp divides the gradient of each weight by its usual size, so that after a while all
+        weights take steps of about the same size.
         """
         with self.lock:
             if self.stop.is_set():
@@ -405,7 +405,11 @@ class ParameterServer:
 
 
 class LocalBrain:
-    """A thread's copy θ' of the network, and its samples. Article: 「LocalBrain」."""
+    """A thread's copy θ' of the network, and its samples. Article: 「LocalBrain」.
+
+    There each LocalBrain has a Keras model. Here it has only the weights of one; `predict` and
+    `gradients` compute with them.
+    """
 
     def __init__(self, parameter_server):
         self.parameter_server = parameter_server
@@ -437,14 +441,14 @@ class LocalBrain:
     def update_parameter_server(self):
         """Turn the queued samples into gradients, and hand these to the server."""
         if len(self.train_queue) < MIN_BATCH:
-            return      # the samples wait (with these constants this does not happen)
+            return      # the samples wait (this happens only if n is neither 5 nor 6)
         # Make one array of all s, one of all a, and so on.
         s, a, R_n, s_, s_mask = [np.array(column, np.float32) for column in zip(*self.train_queue)]
         self.train_queue = []
 
         # V(s') stands for all rewards after the n. After the end there are none, so s_mask is 0.
         # (Only such samples can have fewer than n rewards, so γ^n is right for the others. The
-        # article says that R(t) is V(t). V(s) is what the critic says, R is what it should say.)
+        # article says that R(t) is V(t). Rather, R(t) is the value towards which V(s) is moved.)
         _, v_ = self.predict(s_)
         R = R_n + GAMMA_N * v_ * s_mask
 
@@ -480,20 +484,20 @@ class LocalBrain:
         Why not R itself? In a bad state R < 0 for both actions. Then each draw makes the drawn
         action less probable, even if it is the better one. The worse one loses more, so this is
         right on average, but slow and noisy. R - V(s) is on average above 0 for the better action
-        and below 0 for the worse one.
+        and below 0 for the worse one, if V(s) is right.
 
-        Why the logarithm? An action with p = 0.1 is drawn once in ten times. The slope of log p is
-        1/p times that of p, so this one draw counts ten times, and no action gains only because it
-        is drawn often. This is right only with the p of the draw. If p was 0.1 then and is 0.9 now,
-        the draw counts 1/0.9 = 1.1 times instead of ten times. So a thread plays with a copy, and
-        A3C has no replay memory. (Two small exceptions: the four samples that wait for the next
-        update, and the random actions of ε.)
+        Why the logarithm? An action with p = 0.1 is drawn once in ten times. To make up for this,
+        each draw must count ten times. Otherwise an action would gain only because it is drawn
+        often. log p does this: its slope is 1/p times that of p. But it must be the p of the draw.
+        If p was 0.1 then and is 0.9 now, the draw counts 1/0.9 = 1.1 times instead of ten times. So
+        a thread plays with a copy, and A3C has no replay memory. (There are two exceptions: the
+        four samples that wait for the next update, and the random actions of ε.)
 
         Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this
         loss, -log p·(R - V(s)), would train V(s), too: the larger V(s), the smaller the loss, as
         -log p is never negative. So V(s) would rise above R.
 
-        The critic moves V(s) towards R. (R was computed in NumPy: no gradient reaches its V(s').)
+        The critic: loss_value moves V(s) towards R. (R is data here, so its V(s') does not move.)
 
         The entropy -Σ p·log p is large if both actions are about equally probable. Its negative, as
         a loss, keeps p from becoming 0 or 1 too early (エントロピー項).
