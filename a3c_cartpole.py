@@ -664,8 +664,7 @@ def load_weights(model, path):
             model.load_weights(path)
     except Exception as error:
         reason, _, _ = str(error).partition(". ")   # Keras goes on with all the numbers
-        print(f"error: argument --play: {path} does not hold the weights of this network: {reason}",
-              file=sys.stderr)
+        print(f"error: {path} does not hold the weights of this network: {reason}", file=sys.stderr)
         sys.exit(2)
     return model.get_weights()
 
