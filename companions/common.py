@@ -205,7 +205,7 @@ def draw_learning_curve(history, path, limit, title):
     for e in history:
         if e.episode >= 10:                     # before, its mean still contains zeros
             curves[e.thread].append(e)
-    label = "a worker's last 10, mean"
+    label = "a worker's mean of its last 10" if len(curves) > 1 else "mean of the last 10"
     for episodes in curves.values():
         is_winner = episodes[-1].mean_of_last_10 > limit - 1
         axes.plot([e.total_steps for e in episodes], [e.mean_of_last_10 for e in episodes],
@@ -217,7 +217,7 @@ def draw_learning_curve(history, path, limit, title):
     if not curves:
         axes.text(.5, .5, "no mean yet: no worker has played ten episodes", ha="center",
                   transform=axes.transAxes)
-    axes.set(title=title, xlim=(0, None), xlabel="steps of all workers together",
+    axes.set(title=title, xlim=(0, None), xlabel="steps played",
              ylim=(0, 1.05 * limit), ylabel="steps of an episode")
     axes.legend(fontsize="small")
     axes.figure.savefig(path)
