@@ -99,7 +99,7 @@ N_WORKERS = 8           # learning threads
 T_MAX = 10              # steps of a thread between two of its updates (article: Tmax)
 
 # -- constants of ε-greedy (ε-greedy法): with probability ε an action is random, and p is ignored.
-# The article adds this to A3C. The loss treats such an action as if it had been drawn from p.
+# The paper's A3C has no ε. The loss treats such an action as if it had been drawn from p.
 EPS_START = .5
 EPS_END = 0.
 EPS_STEPS = 200 * N_WORKERS     # after this number of steps, of all threads together, ε is EPS_END
@@ -324,7 +324,7 @@ class ParameterServer:
     weights between two of its steps. But its gradients must be computed with the same p with which
     its actions were drawn (in loss_total, "Why the logarithm?").
 
-    Why do old gradients little harm? The gradients of thread 1 were computed with θ0, but they
+    Why do old gradients do little harm? The gradients of thread 1 were computed with θ0, but they
     change θ1: they are one update old. With eight threads they are seven updates old on average,
     because each of the other seven threads makes about one meanwhile (the picture of the threads in
     README.md shows how this varies). Seven updates change p by 0.01 on average. So the gradients
