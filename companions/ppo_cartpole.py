@@ -1,21 +1,22 @@
 """PPO on CartPole, with one network for the policy and the value: Keras and TensorFlow, on the CPU.
 
-PPO is Proximal Policy Optimization. Like A3C, it makes an action more probable if it turned out
-better than expected, and otherwise less probable. The paper's A3C takes one step of the optimizer
-for what it has played; PPO takes many, here up to 80 for each episode. So many steps could change
-the policy too far. The clip prevents this: once the probability of an action has changed by a fifth
-in the desired direction, a further change gains nothing.
+PPO is Proximal Policy Optimization. It makes an action more probable if it was better than
+expected, and otherwise less probable. A3C (see a3c_cartpole.py) does the same, but takes only one
+step of the optimizer for each batch of samples; PPO takes many, here up to 80 for each episode. So
+many steps could change the policy too far. The clip makes this less likely: as soon as the
+probability of an action has changed by 20 % in the desired direction, a further change gains
+nothing.
 
-    python -m companions.ppo_cartpole   # learns in some ten seconds; look into movie/ppo_cartpole
+    python -m companions.ppo_cartpole   # learns within seconds; films: movie/ppo_cartpole
 
 This is the program of tsubame-mz's post 「PPOの実装(ネットワーク共有版)」 (blog 「雨宿り」), for
-today's libraries. The post's code is RL/ppo.py in https://github.com/tsubame-mz/machine_learning,
-commit d2b2fb2. "The paper" is Schulman et al., 2017, https://arxiv.org/abs/1707.06347. What to look
-at, in the order of the post:
+today's libraries. Its code is RL/ppo.py in https://github.com/tsubame-mz/machine_learning, commit
+d2b2fb2 (it was moved later); the constants below are its defaults. "The paper" is Schulman et al.,
+2017, https://arxiv.org/abs/1707.06347. What to look at, in the order of the post:
 
     Memory.finish_path      what each action was worth
     Agent.train             the steps of the optimizer, and when they end
-    Agent.total_loss        the loss, with the clip
+    Agent.loss_of           the loss, with the clip
     learning_loop           playing and learning in turns
 
 Symbols: s, a, r: state, action, reward. π(a|s), in the code pi: the probability of a in s. R: the
@@ -25,9 +26,11 @@ out. T: in shapes, the number of steps of the episode.
 
 What differs from the post:
 - Keras replaces PyTorch. To play, the network is computed in NumPy.
-- Corrected: the value loss, and the sign of the entropy. Agent.total_loss says how.
-- Added: the program ends by itself, and keeps the mean of the weights of the last ten episodes. Ten
-  test episodes follow, with the more probable action. Weights, history and pictures are saved.
+- Corrected: the value loss, and the sign of the entropy. Agent.loss_of says how.
+- Kept: the rule that ends the steps of the optimizer, although it measures little. Agent.train says
+  why.
+- Added: learning ends when the last ten episodes have a mean above 199 steps, and the mean of their
+  weights is kept. Ten test episodes follow, with the more probable action. Files are saved.
 """
 import random
 
@@ -57,20 +60,19 @@ ADV_EPS = 1e-6          # prevents a division by a standard deviation of 0
 
 # -- constants of learning
 LEARNING_RATE = 1e-4    # of Adam
-ADAM_EPSILON = 1e-8     # of Adam, in PyTorch; Keras' own is 1e-7
 TRAIN_ITERS = 80        # steps of Adam for one episode, at most
-CLIP_RATIO = .2         # ε of the paper: the clip is at 0.8 and 1.2, see Agent.total_loss
+CLIP_RATIO = .2         # ε of the paper: the clip is at 0.8 and 1.2, see Agent.loss_of
 V_LOSS_C = .9           # coefficient of the value loss
 ENT_C = 1e-3            # coefficient of the entropy, which keeps π from becoming 0 or 1 too early
-TARGET_KL = .01         # steps of Adam end above 1.5 times this, see Agent.update
+TARGET_KL = .01         # steps of Adam end above 1.5 times this, see Agent.train
 
 
 class PVNet(keras.Model):
     """The network: s (T, 4) → π of each action (T, 2) and V(s) (T, 1). Post: 「学習モデル」."""
 
     def __init__(self):
-        # Dropout sets units to 0, at random and anew in each call, and makes the others larger to
-        # make up for it. It is on only where the network is called with training=True.
+        # Dropout sets a fifth of the units to 0, at random and anew in each call, and divides the
+        # others by 0.8. It is on only where the network is called with training=True.
         state = keras.Input((NUM_STATES,))
         h = self.dense(HID_NUM, "relu")(state)
         h = keras.layers.Dropout(DROPRATE)(h)
@@ -78,7 +80,7 @@ class PVNet(keras.Model):
         h = keras.layers.Dropout(DROPRATE)(h)
         pi = self.dense(NUM_ACTIONS, "softmax")(h)
         value = self.dense(1, "linear")(h)
-        super().__init__(state, [pi, value], name="PPO")    # replaces the post's `forward`
+        super().__init__(state, [pi, value], name="PPO")    # no `forward` is needed
 
     @staticmethod
     def dense(units, activation):
@@ -115,13 +117,15 @@ class Memory:
     def finish_path(self):
         """Compute the return and the advantage of each step of an episode that has ended.
 
-            R(t) = r(t) + γ·r(t+1) + γ²·r(t+2) + …          (the post prints γ^i for γ^(i-t))
+            R(t) = r(t) + γ·r(t+1) + γ²·r(t+2) + …
 
         The advantage is GAE, generalized advantage estimation (https://arxiv.org/abs/1506.02438,
         equation 16):
 
             δ(t) = r(t) + γ·V(s(t+1)) - V(s(t))
             A(t) = δ(t) + γλ·δ(t+1) + (γλ)²·δ(t+2) + …
+
+        (In the sums of R and A the post prints the exponent i; i - t is meant.)
 
         δ(t) says how much better one step went than V had expected. With λ = 0, A is δ: it relies
         on V, which may still be wrong. With λ = 1, A is R - V(s): it depends on which actions
@@ -134,8 +138,8 @@ class Memory:
         steps = len(self.reward_lst)
         self.return_lst = np.zeros(steps)
         self.advantage_lst = np.zeros(steps)
-        # Go backwards, so that each sum is made from the sum of the step after it. (`last_delta` is
-        # the post's name for A(t+1).)
+        # Go backwards: each R and A is made from the next one. (last_delta is the post's name. It is
+        # A(t+1), and becomes A(t).)
         for t in reversed(range(steps)):
             last_return = self.reward_lst[t] + GAMMA * last_return
             self.return_lst[t] = last_return
@@ -146,11 +150,11 @@ class Memory:
     def get_batch(self):
         """Return the episode as arrays, in the order of Agent.train, and forget it.
 
-        The advantages are standardized (標準化): their mean becomes 0, their variance 1. So the
-        better actions of an episode become more probable and the others less, even if it went well.
+        The advantages are standardized (標準化): their mean becomes 0, their variance 1. So in
+        each episode, good or bad, the better actions become more probable and the others less.
         """
         # PyTorch divides by T - 1 in a standard deviation: ddof=1.
-        advantage = np.array(self.advantage_lst)
+        advantage = self.advantage_lst
         advantage = (advantage - advantage.mean()) / (advantage.std(ddof=1) + ADV_EPS)
         batch = (np.array(self.state_lst, np.float32),      # (T, 4)
                  np.array(self.action_lst, np.int32),       # (T,)
@@ -167,8 +171,8 @@ class Agent:
     def __init__(self, model):
         self.model = model
         self.weights = model.get_weights()      # the same weights as NumPy arrays, for `predict`
-        self.optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=ADAM_EPSILON)
-        # Make Adam's own variables here, because a compiled function cannot make any.
+        self.optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=1e-8)     # PyTorch's
+        # Make Adam's own variables now; a compiled function cannot make them later.
         self.optimizer.build(model.trainable_variables)
 
     def get_action(self, state):
@@ -182,7 +186,8 @@ class Agent:
         self.train(*batch)
         self.weights = self.model.get_weights()
 
-    # tf.function compiles this method with its loop; reduce_retracing=True: not anew for each T.
+    # tf.function compiles the method with its loop. With reduce_retracing=True it does not do so
+    # again for each new T.
     @tf.function(reduce_retracing=True)
     def train(self, state, action, log_pi, returns, advantage):
         """Take up to TRAIN_ITERS steps of Adam, each with the whole episode."""
@@ -190,47 +195,50 @@ class Agent:
             # The tape records what is computed inside `with`, to find its gradients.
             with tf.GradientTape() as tape:
                 pi, value = self.model(state, training=True)
+                # π(a|s): the one-hot vector picks it from the two. (1e-10: never log 0.)
                 pi_of_action = tf.reduce_sum(pi * tf.one_hot(action, NUM_ACTIONS), axis=1)
                 new_log_pi = tf.math.log(pi_of_action + 1e-10)
                 # How probable is the action now, relative to when it was played? `log_pi` was
                 # computed then, without dropout. So the ratio is not 1 even at the first step.
-                ratio = tf.exp(new_log_pi - log_pi)         # π(a|s) / π_old(a|s)
-                total_loss = self.total_loss(pi, value, ratio, returns, advantage)
+                ratio = tf.exp(new_log_pi - log_pi)     # π/π_old, as exp(log x - log y) = x/y
+                total_loss = self.loss_of(pi, value, ratio, returns, advantage)
             gradients = tape.gradient(total_loss, self.model.trainable_variables)
             self.optimizer.apply(gradients)
 
-            # The post's other rule against going too far: stop when the actions of the episode have
-            # become more probable by more than 1.5 % on average. The post calls the average `kl`,
-            # but its negative estimates the Kullback-Leibler divergence KL(π_old, π), a measure of
-            # how far two policies are apart. Dropout alone often makes that larger than the limit,
-            # so with the other sign this rule would stop too early.
+            # The post's rule to end these steps: `kl`, the mean of log(ratio), is above .015. (Usual
+            # rules take the other sign, which estimates the Kullback-Leibler divergence KL(π_old, π),
+            # a measure of how far two policies are apart. The post says itself that `kl` is not
+            # strictly this.) What raises `kl` is dropout, which differs in each step. When the rule
+            # ended the steps in our runs, the mean without dropout was below .015, each time. So it
+            # ends them rather at random. With the other sign, dropout would end them after a few.
             kl = tf.reduce_mean(new_log_pi - log_pi)
             if kl > 1.5 * TARGET_KL:
                 break
 
     @staticmethod
-    def total_loss(pi, value, ratio, returns, advantage):
+    def loss_of(pi, value, ratio, returns, advantage):
         """Compute the loss of an episode: pi (T, 2), value (T, 1), all others (T,).
 
         It is the paper's equation 9 with a minus, because an optimizer makes a loss small.
         """
-        # The policy loss. If it becomes small, ratio·A becomes large: good actions become more
-        # probable, bad ones less. The clip sets a limit to this. The minimum of ratio·A and
-        # clip_adv, with A = advantage and ε = CLIP_RATIO:
+        # The policy loss. The smaller it is, the larger ratio·A: good actions become more probable,
+        # bad ones less. The clip limits what can be gained. The minimum of ratio·A and clip_adv,
+        # with A = advantage and ε = CLIP_RATIO:
         #
         #             ratio < 1 - ε     in between    ratio > 1 + ε
         #     A > 0   ratio·A           ratio·A       (1 + ε)·A       a good action
         #     A < 0   (1 - ε)·A         ratio·A       ratio·A         a bad action
         #
-        # (1 + ε)·A and (1 - ε)·A do not depend on the network. Their gradient is 0: this action
+        # (1 + ε)·A and (1 - ε)·A do not depend on the network. Their gradient is 0: the probability
         # has changed enough. In the other two corners it has changed in the wrong direction, and
         # the gradient leads it back. (The paper's equation 7 gives the same minimum.)
         clip_adv = tf.where(advantage >= 0, (1 + CLIP_RATIO) * advantage,
                             (1 - CLIP_RATIO) * advantage)
         pi_loss = -tf.reduce_mean(tf.minimum(ratio * advantage, clip_adv))
 
-        # The value loss moves V(s) towards R. Both have the shape (T,). The post subtracts (T, 1)
-        # from (T,), of which PyTorch makes (T, T): each value moves to the mean of all returns.
+        # The value loss moves V(s) towards R, as in the post's formula. Its code subtracts (T, 1)
+        # from (T,), of which PyTorch makes (T, T): there each V(s) moves to the mean of all R. Here
+        # both have the shape (T,).
         v_loss = V_LOSS_C * tf.reduce_mean(tf.square(returns - value[:, 0]))
 
         # The entropy is large if both actions are about equally probable. It is subtracted, as in
@@ -296,7 +304,7 @@ def learning_loop(agent, run, max_episodes, seed):
             run.is_learned = True
             return
 
-        # 2. Learn from the episode, and forget it: the next one is played with another policy.
+        # 2. Learn from the episode. (Then it is forgotten: the next policy is another one.)
         memory.finish_path()
         agent.update(memory.get_batch())
 

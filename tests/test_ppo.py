@@ -61,14 +61,14 @@ def test_clip_in_its_corners_by_hand_value_and_gradient(ratio, advantage, minimu
     ratio = tf.constant([ratio])
     with tf.GradientTape() as tape:
         tape.watch(ratio)
-        loss = ppo.Agent.total_loss(tf.constant([[0.5, 0.5]]), tf.constant([[3.0]]), ratio,
+        loss = ppo.Agent.loss_of(tf.constant([[0.5, 0.5]]), tf.constant([[3.0]]), ratio,
                                     tf.constant([3.0]), tf.constant([float(advantage)]))
     assert float(loss) == pytest.approx(-minimum - 1e-3 * np.log(2), rel=1e-5)
     assert tape.gradient(loss, ratio).numpy().tolist() == [-slope]
 
 
 def test_total_loss_of_two_steps_by_hand_each_value_with_its_own_return():
-    loss = ppo.Agent.total_loss(
+    loss = ppo.Agent.loss_of(
         tf.constant([[0.5, 0.5], [1.0, 0.0]]), tf.constant([[1.0], [3.0]]),
         tf.constant([1.0, 1.0]), tf.constant([2.0, 3.0]), tf.constant([1.0, 3.0]))
     # policy -(1 + 3) / 2, value .9·(1² + 0²) / 2, entropy .001·(log 2 + 0) / 2
@@ -115,7 +115,7 @@ def test_updates_equal_a_plain_loop_of_keras_adam_that_ends_by_the_posts_rule(rn
             with tf.GradientTape() as tape:
                 pi, value = twin(state)
                 log_ratio = -keras.losses.sparse_categorical_crossentropy(action, pi) - log_pi
-                loss = ppo.Agent.total_loss(pi, value, tf.exp(log_ratio), returns, advantage)
+                loss = ppo.Agent.loss_of(pi, value, tf.exp(log_ratio), returns, advantage)
             adam.apply(tape.gradient(loss, twin.trainable_variables), twin.trainable_variables)
             if np.mean(log_ratio) > 0.015:
                 break
