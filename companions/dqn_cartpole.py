@@ -2,36 +2,40 @@
 
 DQN is the deep Q-network. It learns Q(s, a), the discounted sum of the rewards to come if the agent
 takes the action a in the state s, and afterwards always the action with the larger Q. It learns
-from steps that are drawn at random from a memory, and its targets come from an older copy of
-itself, the target network.
+from steps that are drawn at random from a memory. The values that Q shall approach, its targets,
+come from an older copy of the network, the target network.
 
     python -m companions.dqn_cartpole   # a minute or two; films are then in movie/dqn_cartpole
 
 This is the program of a post by 林 of DATUM STUDIO, for today's libraries:
 「【Pythonで再現】DeepMindのDQNアルゴリズムを再現してみた」
 https://datumstudio.jp/blog/deepmindのdqnアルゴリズムを再現してみた
-The methods come in the order of its sections 3.1 to 4. Constants are its parameters in capitals.
+The methods come in the order of its sections 3.1 to 4. Its parameters are the constants here.
 "The paper" is Mnih et al., 2015, https://doi.org/10.1038/nature14236.
 
 Look at `learn`, which is the whole algorithm, and at `_get_samples`, which makes the targets.
 
-Symbols: s: what the network sees, a history (16,): the last four states (4,), the latest one last.
-a, r: action, reward. r is 1 for each step. s': the history one step after s. γ: the weight of a
-reward that comes one step later. Q(s, a): the network's output for the action a. Q⁻(s, a): the
-output of the target network (post and paper: Q̂). In shapes, B is the size of a batch.
+Symbols:
+s            what the network sees, a history (16,): the last four states (4,), the latest one last.
+             In the code a history is `agent_hist`, and `state` is one of its states.
+a, r         action, reward. r is 1 for each step, also for the one with the fall.
+s'           the history one step after s
+γ            the weight of a reward that comes one step later
+Q(s, a)      the output of the network for the action a; Q̂(s, a): that of the target network
+B            the size of a batch, in shapes
 
-Needed to read the code:
-- The post has two Keras networks, Q and target_Q. Here a single one, `model`, learns. `Q` is a
-  snapshot of its weights after each replay, and `target_Q` is an older snapshot. Both are lists of
-  arrays, as `model.get_weights()` gives them.
+What differs from the post, and is needed to read the code:
+- The post has two Keras networks, Q and target_Q. Here a single one, `model`, learns. `Q` is a list
+  of its weights after each replay, and `target_Q` is an older such list. So no _clone_network.
 - The 32 calls of train_on_batch in a replay are one compiled function, `_train`.
-- The scaler is the first layer of the network, so that it is saved together with the weights.
+- The memory holds `done`, where the post has None in place of the new state.
 Corrected:
 - In the post the time limit counts as a fall: see `learn`.
-- The post tests the last target network, which may just have forgotten what earlier ones had
-  learned. Here it is the mean of ten target networks: see `Run`.
-Added: the program ends before the post's 400 episodes if the last ten have a mean above 499 steps,
-the main file's rule; options; files. learning_curve.png replaces the post's plot_training_scores.
+- The scaler is the first layer of the network, so that it is saved with the weights. In the post a
+  new DQN object makes a new scaler, which does not fit the network that it loads.
+Added: the mean of ten target networks is tested, and not the last one: see `Run`. Learning ends
+before the post's 400 episodes if the last ten have a mean above 499 steps, the rule of
+a3c_cartpole.py. learning_curve.png replaces plot_training_scores.
 """
 import collections
 import random
@@ -45,18 +49,19 @@ import tensorflow as tf
 
 ENV = "CartPole-v1"
 MAX_STEPS = 500         # the time limit of an episode
-NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
+STATE_SIZE = 4          # numbers in a state: cart position and velocity, pole angle and velocity
 NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
 
 N_EPISODES = 400        # episodes of learning at most
 GAMMA = .99             # γ
-AGENT_HIST_LEN = 4      # states in a history. The paper needs four images to see how things move.
-                        # A state of CartPole contains the velocities; the post takes four, too.
+AGENT_HIST_LEN = 4      # states in a history. The paper takes four images, because a single one
+                        # does not show how things move. A state of CartPole contains velocities, so
+                        # one would be enough; the post takes four, too.
 C = 100                 # the target network is renewed at the steps 0, C, 2·C, ... of each episode
 
 # -- constants of the replay memory
 MEMORY_SIZE = 2000      # steps in the memory; a new one replaces the oldest
-REPLAY_START_SIZE = 32  # steps with random actions, before learning starts
+REPLAY_START_SIZE = 32  # steps with random actions in the memory when learning starts
 MB_SIZE = 32            # samples that are drawn from the memory at each step
 
 # -- constants of ε-greedy: with probability ε the action is drawn at random
@@ -92,7 +97,7 @@ class DQN:
     def _build_network(self):
         """Define the network: histories (B, 16) → Q of each action (B, 2)."""
         nn = keras.Sequential(name="DQN")
-        nn.add(keras.Input((AGENT_HIST_LEN * NUM_STATES,)))
+        nn.add(keras.Input((AGENT_HIST_LEN * STATE_SIZE,)))
         nn.add(self.scaler)
         nn.add(keras.layers.Dense(20, activation="relu"))
         nn.add(keras.layers.Dense(20, activation="relu"))
@@ -106,12 +111,12 @@ class DQN:
     def _predict(network, agent_hists):
         """Compute Q of each action, (2,) for one history (16,) or (B, 2) for several (B, 16).
 
-        `network` is a list of weights, such as `Q`. Keras' model computes the same, but for one
-        history this is many times as fast. Both must be changed together; the program checks at
-        the start that they agree.
+        `network` is a list of weights, such as `Q`. The post calls Keras' predict, which is many
+        times as slow for one history. If you change `_build_network`, change this, too: the program
+        checks at the start that both compute the same.
         """
         mean, variance, _, kernel1, bias1, kernel2, bias2, kernel3, bias3, kernel4, bias4 = network
-        x = (agent_hists - mean) / np.sqrt(variance)        # the scaler
+        x = (agent_hists - mean) / np.sqrt(variance)        # the scaler (_ is its counter)
         x = np.maximum(x @ kernel1 + bias1, 0)              # relu
         x = np.maximum(x @ kernel2 + bias2, 0)
         x = np.maximum(x @ kernel3 + bias3, 0)
@@ -124,7 +129,7 @@ class DQN:
     def _get_action(self, agent_hist=None):
         """Choose an action: with probability ε at random, otherwise the one with the larger Q.
 
-        ε falls a little with each call. Without a history the action is random, and ε stays.
+        Each such call lowers ε a little. Without a history the action is random, and ε stays.
         """
         if agent_hist is None:
             return random.randrange(NUM_ACTIONS)
@@ -165,30 +170,31 @@ class DQN:
         """Draw 32 steps from the memory. Return their histories (32, 16) and targets Y (32, 2).
 
         Why at random? Successive steps resemble each other. A network that learned them in order
-        would fit the latest ones and forget the others. Why are old steps still useful? Which r and
-        s' follow after s and a depends on CartPole alone, not on how the agent chose a. (A3C cannot
-        use old steps: see loss_total in the main file.)
+        would fit the latest ones and forget others. Why are old steps still useful? Which r and s'
+        follow s and a depends on CartPole alone, not on how the agent chose a, so the target below
+        is right for any a.
 
         The target for Q(s, a) is
 
             r                       if the pole falls in this step, or the cart is out of range
-            r + γ·max Q⁻(s', a')    otherwise, with the larger value of the two actions a'
+            r + γ·max Q̂(s', a')    otherwise, with the larger value of the two actions a'
 
         It is 1 for the step with the fall. It is 1 + γ = 1.99 for the step before, if no action can
-        prevent the fall any more and Q⁻ is already right. So Q becomes right near falls first, and
-        farther back with each renewal of the target network. If the pole never fell, Q would be
-        1 + γ + γ² + ... = 1/(1 - γ) = 100.
+        prevent the fall any more and Q̂ is already right. So Q becomes right near falls first, and
+        roughly one step farther back with each renewal of the target network. If the pole never fell,
+        Q would be 1 + γ + γ² + ... = 1/(1 - γ) = 100.
         """
         samples = random.sample(self.memory, MB_SIZE)
         agent_hists, actions, rewards, new_states, done = map(np.array, zip(*samples))
 
         # s' is s without its oldest state, and with the new one.
-        new_agent_hists = np.hstack([agent_hists[:, NUM_STATES:], new_states])
+        new_agent_hists = np.hstack([agent_hists[:, STATE_SIZE:], new_states])
         future_rewards = self._predict(self.target_Q, new_agent_hists).max(axis=1)
         future_rewards[done] = 0
 
-        # What the other action would have brought is not known. Its target is what the target
-        # network says, so it changes little. (In the paper it does not enter the loss.)
+        # The step says nothing about the other action. As in the post, the target network gives its
+        # target, so it is pulled back to its value at the last renewal. (In the paper only the
+        # action that was taken enters the loss.)
         Y = self._predict(self.target_Q, agent_hists)
         Y[np.arange(MB_SIZE), actions] = rewards + GAMMA * future_rewards
         return agent_hists, Y
@@ -204,23 +210,23 @@ class DQN:
 
     @tf.function(jit_compile=True)      # XLA, TensorFlow's compiler: more than twice as fast
     def _train(self, agent_hists, Y):
-        """Move Q towards the targets: 32 updates of one sample each. Return the new weights.
-
-        `model.get_weights()` would return the same ones, but takes longer.
-        """
+        """Move Q towards the targets: 32 updates of one sample each. Return the new weights."""
         variables = self.model.trainable_variables
         for i in tf.range(MB_SIZE):     # tf.function makes this a loop inside TensorFlow
             with tf.GradientTape() as tape:
-                q = self.model(agent_hists[i:i + 1])                    # (1, 2), a batch of one
-                loss = tf.reduce_mean(tf.square(Y[i:i + 1] - q))        # "mse" over both actions
+                q = self.model(agent_hists[i][tf.newaxis])[0]           # (2,); a batch of one
+                loss = tf.reduce_mean(tf.square(Y[i] - q))              # "mse" over both actions
             gradients = tape.gradient(loss, variables)
             self.optimizer.apply_gradients(zip(gradients, variables))
         return self.model.weights
 
     # -- 3.5 Learning
 
-    def learn(self, run, n_episodes=N_EPISODES):
-        """Play episodes, and learn at each step. Paper: Algorithm 1."""
+    def learn(self, log, n_episodes=N_EPISODES):
+        """Play episodes, and learn at each step. Paper: Algorithm 1.
+
+        `log` is a Run, see below: it counts the steps and keeps scores and weights.
+        """
         for _ in range(n_episodes):
             state, _ = self.env.reset()
             agent_hist = collections.deque([state], maxlen=AGENT_HIST_LEN)
@@ -233,20 +239,22 @@ class DQN:
 
                 # Do it.
                 new_state, reward, terminated, truncated, _ = self.env.step(action)
-                run.steps += 1
+                log.steps += 1
 
                 # Remember it, and learn from 32 of all remembered steps.
-                # Not in the post: `done` is a fall (terminated), but not the time limit
-                # (truncated). There the pole still stands, and the same history may occur in the
-                # middle of another episode. No network can give it both 1 and up to 100.
+                # Not in the post: `done` is only a fall (terminated), not the time limit
+                # (truncated). At the limit the pole still stands. The post gives this step the
+                # target 1. In the middle of an episode the same history has a target of up to 100,
+                # and the network sees no clock, so it would learn something in between.
                 if len(agent_hist) == AGENT_HIST_LEN:
                     self._remember(agent_hist, action, reward, new_state, terminated)
                     self._replay()
 
-                # Renew the target network, but not at each step: otherwise each update of Q would
-                # move its own targets, too. Early episodes have fewer than C steps: there this
-                # happens once in an episode. (In the paper C counts updates, across episodes.)
-                # Nothing is copied (post: _clone_network): each replay makes a new list of arrays.
+                # Renew the target network. If Q itself were in the targets, an update that raises
+                # Q(s, a) would often raise Q(s', a') and so its own target, too, and both could
+                # grow without end. At step 0 the new copy is Q after the last episode. An episode
+                # of at most C steps renews it only there. (Paper: every C updates, and an episode's
+                # end changes nothing.)
                 if step % C == 0:
                     self.target_Q = self.Q
 
@@ -254,8 +262,8 @@ class DQN:
                     break
                 agent_hist.append(new_state)
 
-            run.finish_episode(step + 1, self.target_Q)     # the score: the rewards, 1 each step
-            if run.is_learned:
+            log.finish_episode(step + 1, self.target_Q)     # the score: the rewards, 1 each step
+            if log.is_learned:
                 return
 
     # -- 4. Looking at what was learned
@@ -263,6 +271,7 @@ class DQN:
     def run(self, env):
         """Play one episode with the target network, never at random. Return its score."""
         state, _ = env.reset()
+        # As in the post, the history is at first the first state, four times.
         agent_hist = collections.deque([state] * AGENT_HIST_LEN, maxlen=AGENT_HIST_LEN)
         score = 0
         done = False

@@ -138,8 +138,8 @@ class Memory:
         steps = len(self.reward_lst)
         self.return_lst = np.zeros(steps)
         self.advantage_lst = np.zeros(steps)
-        # Go backwards: each R and A is made from the next one. (last_delta is the post's name. It is
-        # A(t+1), and becomes A(t).)
+        # Go backwards: each R and A is made from the next one. (last_delta is the post's name for
+        # A(t+1), which becomes A(t).)
         for t in reversed(range(steps)):
             last_return = self.reward_lst[t] + GAMMA * last_return
             self.return_lst[t] = last_return
@@ -205,9 +205,9 @@ class Agent:
             gradients = tape.gradient(total_loss, self.model.trainable_variables)
             self.optimizer.apply(gradients)
 
-            # The post's rule to end these steps: `kl`, the mean of log(ratio), is above .015. (Usual
-            # rules take the other sign, which estimates the Kullback-Leibler divergence KL(π_old, π),
-            # a measure of how far two policies are apart. The post says itself that `kl` is not
+            # The post's rule to end these steps: `kl`, the mean of log(ratio), is above .015. Usual
+            # rules take the other sign, which estimates the Kullback-Leibler divergence of the two
+            # policies, a measure of how far they are apart. (The post says itself that `kl` is not
             # strictly this.) What raises `kl` is dropout, which differs in each step. When the rule
             # ended the steps in our runs, the mean without dropout was below .015, each time. So it
             # ends them rather at random. With the other sign, dropout would end them after a few.
