@@ -181,8 +181,8 @@ class DQN:
 
         It is 1 for the step with the fall. It is 1 + γ = 1.99 for the step before, if no action can
         prevent the fall any more and Q̂ is already right. So Q becomes right near falls first, and
-        roughly one step farther back with each renewal of the target network. If the pole never fell,
-        Q would be 1 + γ + γ² + ... = 1/(1 - γ) = 100.
+        roughly one step farther back with each renewal of the target network. If the pole never
+        fell, Q would be 1 + γ + γ² + ... = 1/(1 - γ) = 100.
         """
         samples = random.sample(self.memory, MB_SIZE)
         agent_hists, actions, rewards, new_states, done = map(np.array, zip(*samples))
