@@ -20,7 +20,7 @@ def test_files_that_commands_and_links_name_are_there(readme):
     text = read(readme)
     linked = [(ROOT / readme).parent / path for path in re.findall(r"\]\(([\w./]+)", text)
               if not path.startswith("http")]
-    programs = [ROOT / path for path in re.findall(r"(?:-r|python|pytest -q) (\S+\.(?:txt|py))", text)]
+    programs = [ROOT / path for path in re.findall(r"(?:-r|python|-q) (\S+\.(?:txt|py))", text)]
     modules = [ROOT / f"companions/{name}.py" for name in re.findall(r"-m companions\.(\w+)", text)
                if name != "NAME"]
     assert linked and modules
