@@ -1,42 +1,46 @@
 """A3C with two networks, an actor and a critic, that four threads share.
 
 Four threads each play a CartPole of their own. The actor computes the probability of a push to the
-right, the critic what a state is worth; no thread has weights of its own. Every ten steps and at
-the end of an episode, a thread trains both networks with its episode so far, one thread at a time.
+right, the critic V(s), the rewards to expect from a state on; no thread has weights of its own.
+Every ten steps and at the end of an episode, a thread trains both networks with its episode so far.
+Only one thread can train at a time. Asynchronous: no thread waits until another has played.
 
     python -m companions.a3c_two_networks   # learns within seconds; films: movie/a3c_two_networks
 
 This is the program of a post by xiaochus, 「Keras深度强化学习--A3C实现」, for today's libraries.
 The post is on jianshu.com (its address could not be confirmed), its code is A3C_sparse.py in
-https://github.com/xiaochus/Deep-Reinforcement-Learning-Practice. Classes and methods have the
-post's names and order. Look at these places:
+https://github.com/xiaochus/Deep-Reinforcement-Learning-Practice. The post's
+classes and methods keep their names and order. Look at these places:
 
     how a thread plays, and when it trains      Agent.run_episode
     what the critic learns                      Agent.discount_reward, A3C.critic_loss
     what the actor learns                       Agent.train_episode, A3C.actor_loss
 
 The post's list (算法原理) has four steps: 1. copy the shared network, 2. play, 3. compute
-gradients, 4. change the shared network by them. Step 1 is missing, here and in the post's own code.
-The main file, a3c_cartpole.py, has it: there a thread computes gradients with its copy, and other
-threads may change the shared weights meanwhile. Here a thread takes a lock and trains the shared
-networks themselves, so nothing changes them between 3 and 4. The post says why threads need no
-replay memory: what different threads have played is not correlated.
+gradients, 4. change the shared network by them. Step 1 is missing, here and in the post's code,
+which trains the shared networks themselves with the data of all threads. A lock lets only one
+thread at a time do 3 and 4. But during 2 there is no lock: other threads change the networks
+between two steps of a thread, so many of its actions were drawn with an older p. The main file,
+a3c_cartpole.py, has step 1: there a thread plays and computes gradients with its own copy. It also
+says why several threads need no replay memory.
 
 Symbols: p, the probability of a push to the right. R, the return (in the code discounted_rewards):
-the discounted sum of all rewards from a step on. V(s), the value of the state s: the R that the
-critic expects there. T, the number of steps of the episode so far.
+the discounted sum of all rewards from a step on, of which V estimates those that have not come yet.
+T, the number of steps of the episode so far.
 
 What differs from the post, and is needed to read the code:
 - tf.function, tf.GradientTape and Keras' Adam replace K.function and get_updates.
-- The post's globals: `lock` is in the A3C; `history` is A3C.run.history, and `step` is its length.
+- The post's globals: `lock` is in the A3C; `history` is A3C.run.history, and `step`,
+  which counts episodes, is its length.
 What the post has wrong, marked below with "not as in the post":
-- It compares update_iter with the number of episodes, not of steps. So its threads train at every
-  step while the 10th, 20th, 30th … episode is due, and otherwise only at the end of an episode.
-- It multiplies cross-entropies of shape (T, 1) by advantages of shape (T,). The result is a table
-  (T, T), each times each. Its mean does not say which actions had the good advantages.
-- As entropy it has only p·log p: one of the two terms, with the opposite sign.
-- Its actor's loss has one number for each step. Their gradients are added, so that a longer episode
-  counts more. Here the loss is their mean.
+- It compares update_iter with the number of finished episodes, not with steps. So all its threads
+  train at every step while 9, 19, 29 … episodes are finished, otherwise only at an episode's end.
+- It multiplies cross-entropies of shape (T, 1) by advantages of shape (T,). The mean of the table
+  (T, T) is the mean cross-entropy times the mean advantage: it is lost which actions were good.
+- As entropy it has only p·log p: one of the two terms, with the opposite sign. This pushes p
+  towards 0 or 1, instead of keeping it away from them.
+- Its actor's loss has one number for each step, and their gradients are added. So the gradient is
+  T times as large as that of the mean, which is the loss here.
 What is added: learning ends by the main file's rule, when the last ten episodes of a thread have a
 mean above 199 steps. The mean of the weights after these ten is kept. An error in a thread ends
 learning for all. --seed fixes only the first weights and the random numbers of each thread.
@@ -55,11 +59,12 @@ import tensorflow as tf
 ENV = "CartPole-v0"     # an episode ends after 200 steps at most
 NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
 
-GAMMA = .95             # a reward k steps later counts GAMMA^k; so R is at most 20
+GAMMA = .95             # a reward k steps later counts GAMMA^k; so their sum is below 20
 ACTOR_LR = .001         # learning rate of the actor's Adam
 CRITIC_LR = .01         # learning rate of the critic's Adam
 ENTROPY = .01           # coefficient of the entropy
 
+# These three are the repository's: model.train(2000, 4, 10).
 EPISODE = 2000          # at most this number of episodes, of all threads together
 N_THREAD = 4
 UPDATE_ITER = 10        # steps of a thread between two of its updates
@@ -103,18 +108,17 @@ class A3C:
         self.model = keras.Model(states, outputs, name="a3c_two_networks")
 
         # What all threads play with: kernel and bias of the actor's three layers, then of the
-        # critic's. A list is never changed, but replaced by a new one in a single assignment. So
-        # without the lock a thread gets the old list or the new one, never a mixture, which it
-        # could get from the Keras models while another thread trains them.
+        # critic's. A list is never changed. A new one replaces it in a single assignment, so a
+        # thread that plays without the lock has either the old weights or the new ones. From the
+        # Keras models it could get a mixture, while another thread trains them.
         self.weights = self.model.get_weights()
 
     def _build_optimizer(self):
         """Make the functions that train the actor and the critic.
 
-        Each takes one step of Adam. TensorFlow compiles it at its first call, which is made under
-        the lock, so nothing has to be compiled before the threads start (post: 问题1). It returns
-        the new weights, because to read them afterwards, one by one, takes about as long as to
-        train.
+        Each takes one step of Adam, and returns the new weights, which is faster than get_weights.
+        TensorFlow compiles it at its first call, which is made under the lock, so nothing has to be
+        compiled before the threads start (post: 问题1).
         """
         actor_optimizer = keras.optimizers.Adam(ACTOR_LR)
         critic_optimizer = keras.optimizers.Adam(CRITIC_LR)
@@ -126,8 +130,8 @@ class A3C:
             variables = self.actor.trainable_variables
             with tf.GradientTape() as tape:
                 loss = self.actor_loss(self.actor(states), actions, advantages)
-            gradients = tape.gradient(loss, variables)          # 3.
-            actor_optimizer.apply(gradients, variables)         # 4.
+            gradients = tape.gradient(loss, variables)          # 3. compute
+            actor_optimizer.apply(gradients, variables)         # 4. change
             return [tf.convert_to_tensor(variable) for variable in variables]
 
         @tf.function(input_signature=[states, column])
@@ -135,8 +139,8 @@ class A3C:
             variables = self.critic.trainable_variables
             with tf.GradientTape() as tape:
                 loss = self.critic_loss(self.critic(states), discounted_rewards)
-            gradients = tape.gradient(loss, variables)          # 3.
-            critic_optimizer.apply(gradients, variables)        # 4.
+            gradients = tape.gradient(loss, variables)          # 3. compute
+            critic_optimizer.apply(gradients, variables)        # 4. change
             return [tf.convert_to_tensor(variable) for variable in variables]
 
         return actor_train, critic_train
@@ -148,7 +152,8 @@ class A3C:
         Actions with a positive advantage become more probable, those with a negative one less.
         """
         # Binary cross-entropy is -log of the probability of the action: -log p if it is 1, and
-        # -log(1 - p) if it is 0. (shapes and mean: not as in the post)
+        # -log(1 - p) if it is 0. (Why the logarithm? See
+        # loss_total in the main file. Shapes and mean: not as in the post.)
         cross_entropy = keras.ops.binary_crossentropy(actions, p)
         policy_loss = tf.reduce_mean(cross_entropy * advantages)
 
@@ -208,17 +213,18 @@ def predict(weights, states):
     Post: actor.predict and critic.predict. The Keras models compute the same, but take more than
     100 times as long for one state. Change both together: main checks that they agree.
     """
-    kernel_1, bias_1, kernel_2, bias_2, kernel_3, bias_3 = weights[:6]
-    x = np.maximum(states @ kernel_1 + bias_1, 0)       # relu
-    x = np.maximum(x @ kernel_2 + bias_2, 0)
-    z = np.maximum(x @ kernel_3 + bias_3, -80)          # exp(-z) cannot overflow
-    p = 1 / (1 + np.exp(-z))                            # sigmoid
-
-    kernel_1, bias_1, kernel_2, bias_2, kernel_3, bias_3 = weights[6:]
-    x = np.maximum(states @ kernel_1 + bias_1, 0)
-    x = np.maximum(x @ kernel_2 + bias_2, 0)
-    value = x @ kernel_3 + bias_3
+    z = np.maximum(three_layers(weights[:6], states), -80)      # exp(-z) cannot overflow
+    p = 1 / (1 + np.exp(-z))                                    # sigmoid
+    value = three_layers(weights[6:], states)
     return p, value
+
+
+def three_layers(weights, x):
+    """Compute the layers of one network, the last one without an activation."""
+    kernel_1, bias_1, kernel_2, bias_2, kernel_3, bias_3 = weights
+    x = np.maximum(x @ kernel_1 + bias_1, 0)            # relu
+    x = np.maximum(x @ kernel_2 + bias_2, 0)
+    return x @ kernel_3 + bias_3
 
 
 class Agent(threading.Thread):
@@ -277,9 +283,10 @@ class Agent(threading.Thread):
             state = next_state
 
     def discount_reward(self, rewards, next_state, done):
-        """Compute R of each step, (T,): R = r(t) + γ·r(t+1) + γ²·r(t+2) + …, with γ = GAMMA.
+        """Compute R of each step, (T,): R = r(t) + γ·r(t+1) + … + γ^k·V(next_state).
 
-        `next_state` is the state after the last of these steps.
+        next_state is k steps later, after the last of these steps. If the episode has ended there,
+        the last term is missing. γ is GAMMA.
         """
         # If the episode has ended, no more rewards come. Otherwise V(next_state) stands for them,
         # because it is the R that the critic expects there.
@@ -299,10 +306,10 @@ class Agent(threading.Thread):
     def train_episode(self, states, actions, rewards, next_state, done):
         """Train both networks with all steps of the episode so far. The caller holds the lock.
 
-        So later updates of an episode take its first steps again. Their R then contains more
+        In an episode of 200 steps the first ten are taken 20 times. Their later R contain more
         rewards and less of V. But their actions were drawn with an older p, and the actor's loss is
-        exact only for the present one. (In the post, too, an update takes all steps so far. That
-        there is an update at every tenth step results from our correction of update_iter.)
+        right only for the present p. In the paper (Mnih et al., 2016) an update takes only the new
+        steps. The post takes all, too, but mostly once, at the end.
         """
         states = np.array(states, np.float32)                           # (T, 4)
         actions = np.array(actions, np.float32).reshape(-1, 1)          # (T, 1)
@@ -315,6 +322,7 @@ class Agent(threading.Thread):
 
         critic_weights = self.a3c.critic_train(states, discounted_rewards)
         actor_weights = self.a3c.actor_train(states, actions, advantages)
+        # In the order of model.get_weights().
         self.a3c.weights = [weight.numpy() for weight in actor_weights + critic_weights]
 
     def finish_episode(self, steps):
