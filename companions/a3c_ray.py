@@ -1,8 +1,8 @@
 """The A3C of a3c_cartpole.py on many cores and many machines, with Ray.
 
 Python runs one thread of a program at a time. Here each worker is a process of its own, on any
-core of any machine, so the workers really play at the same time. The parameter server is one more
-process, and the workers call its methods through Ray (https://docs.ray.io).
+core of any machine, so the workers play at the same time, if there are enough cores. The parameter
+server is one more process, and the workers call its methods through Ray (https://docs.ray.io).
 
     python -m companions.a3c_ray                                    # on this machine
     python -m companions.a3c_ray --address 192.168.0.1:6379         # on a Ray cluster, started on
@@ -11,8 +11,9 @@ process, and the workers call its methods through Ray (https://docs.ray.io).
 
 Read a3c_cartpole.py first. Its WorkerThread, Environment, Agent and LocalBrain run here unchanged.
 In the main file, they reach the parameter server as an object in memory. Here they reach a
-RemoteServer, which has the same attributes and methods, but passes calls on to the server's
-process. Look first at the two methods that make one update, with the numbers of the main file:
+RemoteServer. It has what they use of a ParameterServer, answers some of it from its own memory
+(weights, frames, stop), and sends the rest to the server's process. Look first at the two methods
+that make one update, with the numbers of the main file:
 
     a worker's process                                      the server's process
     6. LocalBrain computes gradients with θ'
@@ -22,18 +23,23 @@ process. Look first at the two methods that make one update, with the numbers of
 
 Words of Ray: an actor is a process that holds one object and runs its methods when other processes
 call them. (It is not the actor of Actor-Critic.) Here the server is one, and each worker. A handle
-stands for an actor in the processes that call it. The driver is this program, which you start and
-which shows the progress.
+stands for an actor in the processes that call it. `method.remote(...)` sends a call and returns at
+once, with a reference to the result; `ray.get` waits for the result. The driver is this program,
+which you start and which shows the progress.
+
+Start a cluster by `ray start --head` on one machine, and `ray start --address=HOST:6379` on the
+others. Each machine needs the same Python, Ray, and the packages of the main file.
 
 What differs from the main file:
-- A worker learns of the steps and updates of the others only from the server's answers: before its
-  first step, and after each of its updates. Meanwhile it counts only its own steps.
+- A worker learns what the others have done (steps, updates, the end of learning) only from the
+  server's answers: before its first step, and after each of its updates. Until then it counts only
+  its own steps, and after the end it may begin one more episode.
 - The server runs one call at a time, so two updates never meet, and its lock is always free.
-- A worker begins as soon as its process is ready. It does not wait for the other workers.
+- Processes start seconds apart, threads almost at once. So the first worker may have played many
+  episodes before the last one begins.
 - If a worker is lost, for example with its machine, the others go on. A3C loses only what this one
-  would have played.
-- With more than one worker, --seed fixes the first weights and what each worker draws, but not the
-  order in which gradients arrive. So only a run with one worker can be repeated.
+  would have played. If the server is lost, the run is lost, too.
+As in the main file, --seed repeats a run only if there is one worker.
 """
 import logging
 import os
@@ -62,35 +68,36 @@ def learn(seen, run, args):
 
     `seen` is the driver's own ParameterServer. It gets the weights that the server had last.
     """
-    # M0. Start the server's process. `ray.remote` makes an actor class of a class, and says what an
-    #     actor needs: a CPU of its own. Calling `remote` on the actor class starts a process with
-    #     an object of the class, and returns a handle.
+    # M0. Start the server's process. `ray.remote` makes an actor class of a class. Calling `remote`
+    #     on the actor class starts a process with an object of the class, and returns a handle.
+    #     num_cpus=1: Ray starts no more actors than the machines have CPUs. (This is only counting:
+    #     on this machine alone, start_ray declares one for each actor.)
     actor_class = ray.remote(num_cpus=1)(Server)
     server = actor_class.remote(args.seed, args.max_episodes, seen.learning_rate)
 
-    # M1. Start the workers' processes, on any machines with free CPUs.
+    # M1. Start the workers' processes, on any machines with free CPUs. Keep their handles: Ray ends
+    #     an actor when no handle to it is left.
     actor_class = ray.remote(num_cpus=1)(Worker)
-    workers = [actor_class.remote() for _ in run.workers]   # Ray ends actors without a handle
+    workers = [actor_class.remote() for _ in run.workers]
 
-    # M2. Let them play. To call a method of an actor, write `remote`, too. It does not wait until
-    #     the method has ended, but returns a reference to the result. Each worker gets the
-    #     server's handle.
+    # M2. Let them play. Each worker gets the server's handle, so that it can call the server.
     playing = {worker.run.remote(name, server, args.seed, args.env): name
                for worker, name in zip(workers, run.workers)}
 
-    # M3. Ask the server for news, five times a second.
+    # Not in the main file: ask the server for news, five times a second.
     is_over = False
     while playing and not is_over:
-        ended, _ = ray.wait(list(playing), timeout=.2)
+        ended, _ = ray.wait(list(playing), timeout=.2)      # until a worker has ended, or .2 s
         is_over = take_news(server, seen, run)      # fails if the server is lost
         for result in ended:
             name = playing.pop(result)
             try:
                 ray.get(result)                     # fails if the worker is lost
             except ray.exceptions.RayActorError as error:
-                print(f"{name} is lost, the others go on: {reason(error)}", flush=True)
+                print(f"{name} is lost: {reason(error)}", flush=True)
     if is_over:
-        # The winner may still have to hand over its weights. Wait until all workers have ended.
+        # M3. Each worker ends after its present episode. The winner may still have to hand over its
+        #     weights.
         ray.wait(list(playing), num_returns=len(playing), timeout=5)
         take_news(server, seen, run)
     else:
@@ -102,6 +109,7 @@ class Worker:
 
     def run(self, name, server, seed, env):
         """Play episodes with the classes of the main file until learning is over."""
+        # run() and not start(): no new thread is needed in this process.
         a3c.WorkerThread(name, "learning", RemoteServer(server, seed), env).run()
 
 
@@ -228,7 +236,7 @@ def start_ray(args):
     try:
         check_address(args.address)
         ray.init(args.address, log_to_driver=False, logging_level=logging.CRITICAL,
-                 # What the processes import, also on other machines: a file and a folder
+                 # Our own modules, which Ray sends to the machines: a file and a folder
                  runtime_env={"py_modules": [a3c.__file__, str(Path(__file__).parent)]}, **options)
     except (OSError, RuntimeError, ValueError) as error:    # OSError: also of the network
         refuse(f"argument --address: no Ray at {args.address!r}: {reason(error)}")
@@ -273,7 +281,7 @@ def main(argv=None):
             with run:
                 learn(seen, run, args)
         except ray.exceptions.RayActorError as error:
-            print(f"error: the server is lost, and the run with it: {reason(error)}",
+            print(f"error: the server is lost, and with it the run: {reason(error)}",
                   file=sys.stderr)
         finally:
             seen.model.set_weights(seen.weights)

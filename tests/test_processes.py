@@ -4,388 +4,286 @@ import contextlib
 import csv
 import multiprocessing as mp
 import os
-import re
+import random
 import signal
 import sys
-import threading
 import time
-import types
 from pathlib import Path
+
+from companions import a3c_processes as processes
+from companions import common
 
 import numpy as np
 import pytest
-from conftest import ROOT, frames_of, start_python
+import tensorflow as tf
+from conftest import finite_differences, run_python, start_python
 
-import a3c_cartpole as base
-from companions import a3c_processes as processes
-
-FILE = ROOT / "companions" / "a3c_processes.py"
-linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+UNFINISHED = "a3c_processes.unfinished.weights.h5"
 
 
-def options(tmp_path, *arguments):
-    return processes.read_options(["--seed", "7", "--out", str(tmp_path), *arguments])
-
-
-@pytest.fixture(scope="module")
-def policy():
-    """A policy with random weights. No test may change it."""
-    return processes.Policy(2, 4, 4, seed=7)
+@pytest.fixture
+def policy(rng):
+    """A policy with weights of which none is 0, in double precision."""
+    policy = processes.Policy(2, 4)
+    policy.sync([rng.normal(size=w.shape, scale=0.3) for w in policy.weights])
+    return policy
 
 
 # -- the arithmetic
 
 
-def test_the_defaults_are_the_posts(tmp_path):
-    args = options(tmp_path)
-    assert (args.num_process, args.local_t_max, args.frame_num) == (8, 50, 4)
-    assert (args.lr, args.eps, args.epoch) == (0.0011, 0.1, 10_000_000)
-    assert (args.entropy_beta, args.v_loss_coeff, args.save_mode) == (0.01, 0.5, "max")
-
-
-def test_first_weights_are_uniform_up_to_one_over_the_root_of_the_inputs(policy):
-    for layer in policy.model.layers[1:]:
+def test_first_weights_are_uniform_up_to_one_over_the_root_of_the_inputs():
+    for layer in processes.Policy(2, 4).model.layers[1:]:
         kernel, bias = layer.get_weights()
         bound = len(kernel) ** -0.5
-        assert np.abs(kernel).max() <= bound and np.abs(bias).max() <= bound
-        assert np.abs(kernel).max() > 0.95 * bound and bias.any()
+        assert 0.95 * bound < np.abs(kernel).max() <= bound
+        assert 0 < np.abs(bias).max() <= bound
 
 
-def test_forward_equals_the_keras_model(policy):
-    x = np.random.default_rng(1).normal(size=(9, 16)).astype(np.float32)
-    p, v = map(np.asarray, policy.model(x))
-    for i in range(9):
-        p_i, v_i = policy.forward(x[i])
-        np.testing.assert_allclose(p_i, p[i], atol=1e-6)
-        np.testing.assert_allclose(v_i, v[i, 0], atol=1e-6)
+def test_a_forward_that_forgets_a_bias_ends_the_program(monkeypatch, policy):
+    def forgetful(policy, x):
+        policy.weights[3] = 0 * policy.weights[3]
+        return forward(policy, x)
+
+    forward = processes.Policy.forward
+    processes.check_forward(policy)
+    monkeypatch.setattr(processes.Policy, "forward", forgetful)
+    with pytest.raises(SystemExit, match="two different networks"):
+        processes.check_forward(policy)
 
 
-def test_sync_makes_a_copy_that_later_updates_do_not_change():
-    policy = processes.Policy(2, 4, 1)
-    theta = np.arange(policy.theta.size, dtype=np.float32)
-    policy.sync(theta)
-    theta += 1
-    assert policy.theta[0] == 0 and policy.weights[0][0, 0] == 0
+def test_returns_by_hand():
+    # 1 + .99·1.96 = 2.9404 and 1 + .99·.9697 = 1.96. Their deviation is their difference / √2.
+    by_hand = 0.4902 / (0.9804 / 2**0.5 + 0.1)
+    assert processes.compute_returns([1.0, 1.0], 0.9697) == pytest.approx([by_hand, -by_hand], 1e-3)
+    assert processes.compute_returns([1.0], 10) == pytest.approx([1 + 0.99 * 10])
 
 
-def test_gradient_equals_finite_differences_of_the_posts_loss(policy, tmp_path):
-    rng = np.random.default_rng(2)
+def test_returns_equal_the_sums_written_out_with_v_after_the_last_reward(rng):
+    rewards = rng.normal(size=50).tolist()
+    R = np.array([sum(0.99 ** (k - t) * rewards[k] for k in range(t, 50)) + 0.99 ** (50 - t) * 7
+                  for t in range(50)])
+    expected = (R - R.mean()) / (R.std(ddof=1) + 0.1)
+    np.testing.assert_allclose(processes.compute_returns(rewards, 7), expected, atol=1e-5)
+
+
+def loss_of(p, v, actions, returns, advantage):
+    """The post's loss, step by step. The advantage is given, because it is a constant there."""
+    loss = 0
+    for p_t, v_t, a, R, A in zip(p, v, actions, returns, advantage):
+        loss += -np.log(p_t[a]) * A + 0.5 * 0.5 * (R - v_t) ** 2
+        loss += 0.01 * sum(p_i * np.log(p_i + 0.1) for p_i in p_t)
+    return loss
+
+
+def test_loss_by_hand():
+    p, v, actions, returns = [[0.25, 0.75], [0.5, 0.5]], [1.0, 2.0], [1, 0], [3.0, 1.0]
+    by_hand = -np.log(0.75) * 2 + 0.25 * 4 - np.log(0.5) * -1 + 0.25 * 1 \
+        + 0.01 * (0.25 * np.log(0.35) + 0.75 * np.log(0.85) + np.log(0.6))
+    assert loss_of(p, v, actions, returns, [2, -1]) == pytest.approx(by_hand)
+    loss = processes.compute_loss(*map(tf.constant, (p, v, actions, returns)))
+    assert float(loss) == pytest.approx(by_hand)
+
+
+def test_gradients_equal_finite_differences_of_the_loss_in_a_random_direction(policy, rng):
     x = rng.normal(size=(4, 16))
-    a = np.array([0, 1, 1, 0])
-    R = np.array([3.0, -1, 2, 0.5])
-    weights = [rng.normal(scale=0.3, size=w.shape) for w in policy.weights]
+    actions = [0, 1, 1, 0]
+    returns = [3.0, -1, 2, 0.5]
+    theta = policy.weights
+    directions = [rng.normal(size=w.shape) for w in theta]
+    advantage = [R - policy.forward(x_t)[1] for x_t, R in zip(x, returns)]
 
-    def forward(weights):
-        twin = types.SimpleNamespace(weights=weights)
-        return map(np.array, zip(*[processes.Policy.forward(twin, row) for row in x]))
+    def loss_after(steps):      # steps: how far to go in the direction of each array
+        policy.weights = [w + t * d for w, t, d in zip(theta, steps[0], directions)]
+        p, v = zip(*[policy.forward(x_t) for x_t in x])
+        return loss_of(p, v, actions, returns, advantage)
 
-    _, v = forward(weights)
-    constant_advantage = R - v
-
-    def loss(weights):
-        p, v = forward(weights)
-        return np.sum(
-            -np.log(p[range(4), a]) * constant_advantage
-            + 0.5 * 0.5 * (R - v) ** 2
-            + 0.01 * np.sum(p * np.log(p + 0.1), axis=1)
-        )
-
-    compute_gradient = processes.compile_gradient(policy, options(tmp_path))
-    theta = policy.pack(weights).astype(np.float32)
-    tensors = theta, x.astype(np.float32), a.astype(np.int32), R.astype(np.float32)
-    gradient = compute_gradient(*map(processes.tf.constant, tensors)).numpy()
-    for n, gradient_n in enumerate(policy.unpack(gradient)):
-        for i in {tuple(rng.integers(0, gradient_n.shape)) for _ in range(8)}:
-            both = []
-            for sign in 1, -1:
-                shifted = [array.copy() for array in weights]
-                shifted[n][i] += sign * 1e-5
-                both.append(loss(shifted))
-            expected = (both[0] - both[1]) / 2e-5
-            assert gradient_n[i] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    slopes = finite_differences(loss_after, [np.zeros(8)])[0]
+    gradients = processes.compile_gradients(policy.model)(
+        [tf.constant(w, tf.float32) for w in theta], tf.constant(x, tf.float32),
+        tf.constant(actions), tf.constant(returns))
+    for slope, gradient, direction in zip(slopes, gradients, directions):
+        assert np.sum(gradient * direction) == pytest.approx(slope, rel=1e-3)
 
 
-def test_step_is_rmsprop_from_zero_with_eps_beside_the_root_and_writes_into_the_memory():
-    rng = np.random.default_rng(3)
+def test_step_is_rmsprop_from_0_with_eps_beside_the_root_in_the_given_arrays(rng):
     start, first, second = rng.normal(size=(3, 6))
-    theta = start.copy()
-    optimizer = processes.AsyncRMSprop(theta, np.zeros(6), eps=0.1)
-    optimizer.step(1e-2, first)
-    optimizer.step(1e-3, second)
-    g1 = 0.01 * first**2
-    g2 = 0.99 * g1 + 0.01 * second**2
-    expected = start - 1e-2 * first / (np.sqrt(g1) + 0.1) - 1e-3 * second / (np.sqrt(g2) + 0.1)
-    np.testing.assert_allclose(theta, expected, rtol=1e-12)
+    w = start.copy()
+    optimizer = processes.AsyncRMSprop([w], [np.zeros(6)])
+    optimizer.step(1e-2, [first])
+    optimizer.step(1e-3, [second])
+    m1 = 0.01 * first**2
+    m2 = 0.99 * m1 + 0.01 * second**2
+    expected = start - 1e-2 * first / (np.sqrt(m1) + 0.1) - 1e-3 * second / (np.sqrt(m2) + 0.1)
+    np.testing.assert_allclose(w, expected, rtol=1e-12)
 
 
-def test_normalised_returns_have_mean_0_and_the_samples_deviation_beside_eps():
-    np.testing.assert_allclose(processes.normalise(np.array([1.0, 2, 3]), 0.5), [-2 / 3, 0, 2 / 3])
-    assert processes.normalise(np.array([4.0]), 0.5) == [4]
+class Game:
+    """Episodes of three steps. A frame holds the number of the step."""
+
+    def reset(self):
+        self.t = 0
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.full(4, self.t, np.float32), 1.0, self.t == 3, False, {}
 
 
 def test_frames_begin_as_the_first_one_repeated_and_then_move_up():
-    env = processes.StackEnv(processes.make_env(), 4)
-    first = env.reset()
-    assert first.shape == (16,) and (first.reshape(4, 4) == first[:4]).all()
-    second, reward, done = env.step(0)
-    np.testing.assert_array_equal(second[:12], first[4:])
-    assert (second[12:] != first[12:]).any() and (reward, done) == (1, False)
+    env = processes.StackEnv(Game())
+    assert env.reset()[::4].tolist() == [0, 0, 0, 0]
+    env.step(0)
+    o, reward, done = env.step(0)
+    assert (o[::4].tolist(), reward, done) == ([0, 0, 1, 2], 1, False)
+    assert env.step(0)[2]
 
 
-# -- the loop of a process
+def test_rollouts_bootstrap_unless_the_episode_ends_and_the_rate_falls_to_0(monkeypatch):
+    """`train` with rollouts of two steps at most and episodes of three."""
+    monkeypatch.setattr(processes, "LOCAL_T_MAX", 2)
+    monkeypatch.setattr(processes, "EPOCH", 7)
+    batches, rates, episodes = [], [], []
+    policy = processes.Policy(2, 4)
 
+    class Recorder:
+        step = staticmethod(lambda lr, gradients: rates.append(lr))
+        send = episodes.append
 
-class ShortEpisodes:
-    """An environment in which every episode lasts three steps and every reward is 1."""
-
-    def __init__(self):
-        self.step_count = 0
-
-    def seed(self, seed):
-        pass
-
-    def reset(self):
-        self.step_count = 0
-        return np.zeros(16, np.float32)
-
-    def step(self, action):
-        self.step_count += 1
-        return np.full(16, self.step_count, np.float32), 1.0, self.step_count == 3
-
-
-class Listener:
-    """Stands in for the optimizer and the report of a process, and notes what it is told."""
-
-    def __init__(self):
-        self.rates = []
-        self.episodes = []
-
-    def step(self, lr, gradient):
-        self.rates.append(lr)
-
-    def finish_episode(self, *episode):
-        self.episodes.append(episode)
-
-
-def run_loop(monkeypatch, tmp_path, gradient, *arguments):
-    """Run `train` on short episodes; return the listener and the batches of the gradients."""
-    batches = []
-
-    def compute_gradient(theta, *batch):
+    def compute_gradients(weights, *batch):
         batches.append([tensor.numpy() for tensor in batch])
-        return processes.tf.constant(gradient)
+        return []
 
-    monkeypatch.setattr(processes, "compile_gradient", lambda policy, args: compute_gradient)
-    policy = processes.Policy(2, 4, 4, seed=7)
-    listener = Listener()
-    global_t = np.zeros(1, np.int64)
-    args = options(tmp_path, "--local-t-max", "2", *arguments)
-    processes.train(0, policy.theta.copy(), policy, listener, ShortEpisodes(), global_t, listener,
-                    args)
-    return listener, batches, policy
-
-
-def test_a_rollout_ends_with_the_episode_or_goes_on_with_v_of_the_next_state(monkeypatch, tmp_path):
-    listener, batches, policy = run_loop(monkeypatch, tmp_path, [0.0], "--epoch", "6")
-    assert [len(actions) for _, actions, _ in batches] == [2, 1, 2, 1]
-    assert [states[:, 0].tolist() for states, _, _ in batches] == [[0, 1], [2], [0, 1], [2]]
-    _, v = policy.forward(np.full(16, 2, np.float32))
-    expected = processes.normalise(np.array([1 + 0.99 * (1 + 0.99 * v), 1 + 0.99 * v]), 0.1)
-    np.testing.assert_allclose(batches[0][2], expected, rtol=1e-4)
+    processes.train(random.Random(1), policy.weights, policy, compute_gradients, Recorder,
+                    processes.StackEnv(Game()), np.zeros(1, np.int64), Recorder)
+    # The states in which the actions were chosen, by their last frames
+    states = [observations[:, -1].tolist() for observations, _, _ in batches]
+    assert states == [[0, 1], [2], [0, 1], [2], [0, 1]]
+    _, v = policy.forward(np.repeat(np.float32([0, 0, 1, 2]), 4))
+    np.testing.assert_allclose(batches[0][2], processes.compute_returns([1, 1], v), rtol=1e-5)
     assert batches[1][2] == [1]
-    assert [(steps, t) for steps, _, t in listener.episodes] == [(3, 3), (3, 6)]
-
-
-def test_the_learning_rate_falls_to_zero_at_the_last_step_and_not_below(monkeypatch, tmp_path):
-    listener, _, _ = run_loop(monkeypatch, tmp_path, [0.0], "--epoch", "4", "--lr", "0.8")
-    assert listener.rates == pytest.approx([0.4, 0.2, 0])
-
-
-def test_a_gradient_that_is_not_finite_is_an_error_before_it_changes_theta(monkeypatch, tmp_path):
-    with pytest.raises(FloatingPointError, match="after 2 steps"):
-        run_loop(monkeypatch, tmp_path, [np.nan])
-
-
-# -- which weights are kept
-
-
-def kept_weights(rank, save_mode, episodes):
-    """Of each episode, the first number of the weights that the process wants to be kept."""
-    sent = []
-    report = processes.Report(rank, types.SimpleNamespace(send=sent.append), save_mode)
-    for n, steps in enumerate(episodes):
-        report.finish_episode(steps, np.full(2, n, np.float32), 0)
-    return [None if weights is None else weights[0] for *_, weights in sent]
-
-
-def test_after_ten_full_episodes_the_mean_of_their_ten_thetas_is_kept():
-    assert kept_weights(1, "max", [20] + [200] * 10) == [None] * 10 + [5.5]
-
-
-@pytest.mark.parametrize("mode, kept", [
-    ("last", [0, 1, 2, 3]), ("all", [0, 1, 2, 3]), ("max", [0, 1, None, 3])])
-def test_save_mode_max_keeps_the_weights_of_the_best_episode_of_process_0(mode, kept):
-    assert kept_weights(0, mode, [20, 50, 50, 60]) == kept
-    assert kept_weights(1, mode, [20, 50, 50, 60]) == [None] * 4
+    assert rates == pytest.approx([processes.LR * left / 7 for left in (5, 4, 2, 1, 0)])
+    assert episodes == [("episode", 3)] * 2
 
 
 # -- processes
 
 
 def add_one(shared):
-    np.frombuffer(shared, np.float32)[:] += 1
+    for array in processes.map_memory(shared, processes.Policy(2, 4)):
+        array += 1
 
 
-def test_a_write_by_one_process_is_seen_by_another():
-    shared = processes.share_memory(np.array([3, 4], np.float32))
-    process = mp.get_context(processes.START_METHOD).Process(target=add_one, args=(shared,))
+def test_a_write_by_one_process_is_seen_by_another_but_not_by_a_copy(policy):
+    shared = [mp.RawArray("f", w.ravel()) for w in policy.weights]
+    before = [np.float32(w) for w in policy.weights]
+    global_weights = processes.map_memory(shared, policy)
+    policy.sync(global_weights)
+    process = mp.get_context(processes.quick_start()).Process(target=add_one, args=(shared,))
     process.start()
     process.join(60)
-    assert np.frombuffer(shared, np.float32).tolist() == [4, 5]
+    for old, seen, copy in zip(before, global_weights, policy.weights):
+        np.testing.assert_array_equal(seen, old + 1)
+        np.testing.assert_array_equal(copy, old)
 
 
 def run_main(folder, *arguments):
     """Run the program in this process, with two others; return its exit status."""
-    return processes.main(["--num-process", "2", "--no-render", "--log", "--out", str(folder),
-                           *arguments])
-
-
-def history(folder):
-    with open(folder / "history.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return processes.main(["--num-process", "2", "--no-render", "--out", str(folder), *arguments])
 
 
 def test_two_processes_learn_and_what_they_have_learned_can_be_played(tmp_path, capfd):
     assert run_main(tmp_path, "--test-episodes", "0") == 0
+    with open(tmp_path / "history.csv", newline="") as file:
+        history = list(csv.DictReader(file))
+    assert {row["thread"] for row in history} == {"process_0", "process_1"}
+    assert float(history[-1]["mean_of_last_10"]) > 199
+
+    weights = str(tmp_path / "a3c_processes.weights.h5")
+    assert run_main(tmp_path, "--play", weights, "--test-episodes", "1") == 0
     out, err = capfd.readouterr()
-    assert re.search(r"^learned in [\d.]+ s: \d+ steps, \d+ episodes, 2 workers, ", out, re.M)
-    assert not err
-    assert {row["thread"] for row in history(tmp_path)} == {"process_0", "process_1"}
-    assert float(history(tmp_path)[-1]["mean_of_last_10"]) > 199
-
-    weights = tmp_path / "a3c_processes.weights.h5"
-    played = tmp_path / "played"
-    assert run_main(played, "--play", str(weights), "--test-episodes", "1") == 0
-    steps = int(re.search(r"test  episode 1  steps (\d+)", capfd.readouterr().out)[1])
-    assert [film.name for film in played.iterdir()] == ["a3c_processes-episode-0.mp4"]
-    frames = len(frames_of(played / "a3c_processes-episode-0.mp4"))
-    assert steps > 150 and frames in (steps, steps + 1)     # moviepy rounds
+    assert int(out.split("test  episode 1  steps ")[1].split()[0]) > 150 and not err
 
 
-def test_a_spawned_process_learns_until_the_last_step(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(processes, "START_METHOD", "spawn")
-    assert run_main(tmp_path, "--num-process", "1", "--epoch", "300") == 1
-    out, err = capfd.readouterr()
-    assert "not learned in" in out and not err
-    assert 300 <= int(re.search(r"(\d+) steps,", out)[1]) < 300 + 50
+def run_failing(name, *args):
+    processes.train = None
+    processes.run_process(name, *args)
 
 
-def test_processes_end_after_the_last_step_and_mode_all_leaves_every_file(tmp_path, capfd):
-    assert run_main(tmp_path, "--epoch", "300", "--save-mode", "all") == 1
-    out, err = capfd.readouterr()
-    assert "not learned in" in out and not err
-    steps = int(re.search(r"(\d+) steps,", out)[1])
-    assert 300 <= steps < 300 + 2 * 50
-    ends = {row["total_steps"] for row in history(tmp_path) if row["thread"] == "process_0"}
-    names = {f"a3c_processes.{end}.weights.h5" for end in ends | {"unfinished"}}
-    assert {path.name for path in tmp_path.glob("*.h5")} == names
+def run_killed(name, *args):
+    """Let process_0 be killed after its first rollout. process_1 goes on."""
+    if name == "process_0":
+        processes.compute_returns = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    processes.run_process(name, *args)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="kills by a signal")
-def test_a_killed_process_ends_the_run_with_one_line_and_the_weights_are_saved(tmp_path, capfd):
-    def kill_one():
-        while len(mp.active_children()) < 2:
-            time.sleep(.1)
-        time.sleep(1)
-        mp.active_children()[0].kill()
+def run_until_300(name, *args):
+    processes.EPOCH = 300
+    processes.run_process(name, *args)
 
-    threading.Thread(target=kill_one).start()
-    assert run_main(tmp_path, "--lr", "0") == 1
-    out, err = capfd.readouterr()
-    assert re.fullmatch(r"error: process_[01] was killed by signal 9\n", err)
-    assert re.search("not learned, process_[01] failed, in", out)
-    base.load_weights(processes.Policy(2, 4, 4).model,
-                      tmp_path / "a3c_processes.unfinished.weights.h5")
+
+@pytest.mark.parametrize("run_process, error, tracebacks", [
+    (run_failing, "error: process_", 1),
+    pytest.param(run_killed, "error: process_0 was killed by signal 9", 0,
+                 marks=pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")),
+    (run_until_300, "", 0)])
+def test_a_process_that_ends_ends_the_run_with_one_message_and_weights(
+        tmp_path, capfd, monkeypatch, run_process, error, tracebacks):
+    monkeypatch.setattr(processes, "run_process", run_process)
+    assert run_main(tmp_path) == 1
+    err = capfd.readouterr().err
+    assert err.startswith(error) and err.count("Traceback") == tracebacks
+    assert err.count("error: ") == bool(error) == bool(err)
+    common.load_weights(processes.Policy(2, 4).model, tmp_path / UNFINISHED)
     assert not mp.active_children()
 
 
-def test_an_error_in_a_process_ends_the_run_and_is_shown_once(tmp_path, capfd):
-    assert run_main(tmp_path, "--lr", "1e30") == 1
-    out, err = capfd.readouterr()
-    assert re.match(r"error: process_[01] failed:\nTraceback", err) and err.count("Traceback") == 1
-    assert re.search("not learned, process_[01] failed, in", out)
+# -- as a user starts it
 
 
-@pytest.mark.parametrize("option, value", [
-    ("--num-process", "0"), ("--lr", "-1"), ("--eps", "nan"), ("--entropy-beta", "much"),
-    ("--save-mode", "never")])
-def test_a_bad_argument_is_one_clear_line_and_status_2(option, value, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        run_main(tmp_path, option, value)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and f"error: argument {option}: " in error and value in error
+def start_session(*arguments, **environment):
+    """Start Python as the first process of a session, as a terminal does."""
+    code = "import os, sys; os.setsid(); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    return start_python("-c", code, "-u", *arguments, **environment)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
-def test_sigterm_ends_the_run_with_status_143_and_the_weights_are_saved(tmp_path, capfd):
-    def terminate():
-        while len(mp.active_children()) < 2 or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
-            time.sleep(.1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=terminate).start()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as end:
-            base.run_program(lambda: run_main(tmp_path, "--lr", "0"))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert end.value.code == 128 + signal.SIGTERM and not capfd.readouterr().err
-    assert (tmp_path / "a3c_processes.unfinished.weights.h5").is_file()
-    assert not mp.active_children()
+def is_empty(session):
+    """Wait until no process of a session is left, at most ten seconds."""
+    for _ in range(100):
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                found.append(os.getsid(int(folder.name)))
+        if session not in found:
+            return True
+        time.sleep(0.1)
+    return False
 
 
-def processes_of(session):
-    """Ids of the processes of a session, which has the id of its first process."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.getsid(int(folder.name)) == session:
-                found.append(int(folder.name))
-    return found
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_and_sigterm_end_all_processes_and_keep_the_weights_also_with_a_long_tmpdir(
+        tmp_path):
+    long_folder = tmp_path / ("long" * 30)      # no socket can be there, so processes are spawned
+    long_folder.mkdir()
+    program = "-m", "companions.a3c_processes", "--num-process", "1", "--out"
+    forked = start_session(*program, "forked", cwd=tmp_path)
+    spawned = start_session(*program, "spawned", cwd=tmp_path, TMPDIR=str(long_folder))
+    assert forked.stdout.readline().startswith("process_0  episode 1")
+    os.killpg(forked.pid, signal.SIGINT)        # a terminal sends it to all processes
+    assert spawned.stdout.readline().startswith("process_0  episode 1")
+    spawned.terminate()
+    for run, folder in (forked, "forked"), (spawned, "spawned"):
+        out, err = run.communicate(timeout=60)
+        assert (run.returncode, err) == (130, "") and "not learned in" in out
+        assert (tmp_path / folder / UNFINISHED).is_file()
+        assert is_empty(run.pid)
 
 
-@linux
-def test_ctrl_c_and_the_parents_death_leave_no_process_and_no_shared_memory(tmp_path):
-    code = f"import os, runpy, sys; os.setsid(); sys.argv = sys.argv[1:]; " \
-           f"runpy.run_path({str(FILE)!r}, run_name='__main__')"
-    signals = {"ctrl_c": signal.SIGINT, "death": signal.SIGKILL}
-    memory = set(os.listdir("/dev/shm"))
-    runs = {}
-    for name in signals:
-        runs[name] = start_python(
-            "-c", code, FILE, "--num-process", 1, "--lr", 0, "--no-render", "--log", "--out", name,
-            cwd=tmp_path)
-    for name, number in signals.items():
-        run = runs[name]
-        with contextlib.suppress(StopIteration):
-            while not next(run.stdout).startswith("process_0  episode"):
-                pass
-        if name == "ctrl_c":
-            os.killpg(run.pid, number)      # as a terminal does
-        else:
-            run.send_signal(number)
-        _, err = run.communicate(timeout=60)
-        assert not err
-        if name != "death":
-            assert run.returncode == 128 + number
-            assert (tmp_path / name / "a3c_processes.unfinished.weights.h5").is_file()
-        assert wait_until(lambda: not processes_of(run.pid))
-    assert set(os.listdir("/dev/shm")) <= memory
-
-
-def wait_until(fact, seconds=30):
-    end = time.monotonic() + seconds
-    while not fact() and time.monotonic() < end:
-        time.sleep(.1)
-    return fact()
+def test_a_script_that_calls_main_without_a_guard_gets_one_message(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nfrom companions import a3c_processes\n"
+                      "sys.exit(a3c_processes.main(['--num-process', '3', '--out', 'kept']))\n")
+    run = run_python(script, cwd=tmp_path)
+    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1
+    assert 'below `if __name__ == "__main__":`' in run.stderr
+    assert run.stdout.count("learned in") == 1

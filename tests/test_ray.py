@@ -106,7 +106,7 @@ def test_if_all_workers_are_lost_one_message_says_so_and_the_weights_are_kept(
     monkeypatch.setattr(a3c_ray, "Worker", Lost)
     assert a3c_ray.main(["--workers", "2", "--seed", "5", "--out", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
-    assert out.startswith("worker_1 is lost, the others go on: its machine is off\nworker_2 is")
+    assert out.startswith("worker_1 is lost: its machine is off\nworker_2 is")
     assert err == "error: all workers are lost\n"
     kept = weights_of(tmp_path / "a3c_ray.unfinished.weights.h5")
     np.testing.assert_array_equal(kept[0], a3c.ParameterServer(seed=5).weights[0])
@@ -175,7 +175,7 @@ def test_workers_on_two_nodes_go_on_and_learn_though_one_is_lost(
                            "--test-episodes", "1", "--out", str(tmp_path)])
     out, err = capfd.readouterr()
     assert (status, err) == (0, "")
-    assert out.count("worker_1 is lost, the others go on: ") == out.count(" is lost") == 1
+    assert out.count("worker_1 is lost: ") == out.count(" is lost") == 1
     assert "\nlearned in " in out and " 2 workers, " in out
     assert float(out.partition("test: mean of 1 episodes ")[2].split()[0]) >= 195
     assert {"a3c_ray.weights.h5", "history.csv", "learning_curve.png", "A3C-episode-0.mp4"} <= set(
@@ -195,7 +195,7 @@ def test_a_lost_server_ends_the_run_and_the_weights_seen_last_are_kept(
                            "--out", str(tmp_path)])
     out, err = capfd.readouterr()
     assert status == 1
-    assert err.startswith("error: the server is lost, and the run with it: ")
+    assert err.startswith("error: the server is lost, and with it the run: ")
     assert err.count("\n") == 1 and "\nnot learned in " in out and " is lost" not in out
     kept = weights_of(tmp_path / "a3c_ray.unfinished.weights.h5")
     assert (kept[0] != a3c.ParameterServer(seed=5).weights[0]).any()
