@@ -7,9 +7,10 @@ A3C is Asynchronous Advantage Actor-Critic:
 - Actor-Critic: a network has two outputs. The actor (Policy-Based) gives p, the probability of each
   action. The critic (Value-Based) gives V(s), the discounted sum of the rewards that it expects
   from the state s on.
-- Advantage: R - V(s), how much better an action turned out than the critic expected. If it was
-  better, the actor makes this action more probable, and if it was worse, less probable. (The
-  article's section 「Advantage」 explains only R, which looks n steps ahead.)
+- Advantage: R - V(s), how much better an action turned out than the critic expected. R is the
+  n-step return: the next n rewards, and what the critic expects after them. If the advantage is
+  above 0, the actor makes this action more probable, if below 0, less probable. (The article's
+  section 「Advantage」 explains only R.)
 - Asynchronous: eight threads each play a CartPole of their own and improve one shared network. No
   thread waits until another has played its steps.
 
@@ -17,34 +18,33 @@ The parameter server keeps θ, the weights of the shared network. θ' is a threa
 repeats this loop (the numbers are those of the article's list):
 
     1.        copy the shared weights: θ' ← θ              LocalBrain.pull_parameter_server
-    2. to 5.  play up to T_MAX = 10 steps with the copy,   Environment.run
-              and make a sample of each step as soon as    Agent.advantage_push_local_brain
-              n = 5 rewards are known, its own included
+    2. to 5.  play up to T_MAX = 10 steps with the copy;   Environment.run
+              a step becomes a sample when n = 5 rewards   Agent.advantage_push_local_brain
+              are known, or when the episode has ended
     6.        compute the gradients of the loss, which     LocalBrain.gradients
               has terms for the actor and the critic       LocalBrain.loss_total
     7.        hand the gradients to the server             LocalBrain.update_parameter_server
     8.        the server changes θ by them                 ParameterServer.apply_gradients
     9.        back to 1.
 
-Symbols: s, a, r: state, action, reward. s' (in code s_): a later state. γ: the weight of a reward
-that comes one step later. p(a|s): the article's pi_θ(a|s). R: the n-step return, n rewards as they
-came and γ^n·V(s') for the rest: a better estimate than V(s). θ is never the pole's angle here. In
-shapes, B is the size of a batch.
+Symbols: s, a, r: state, action, reward. s' (in code s_): a later state. γ: the factor by which a
+reward counts less for each step that it comes later. p(a|s): the article's pi_θ(a|s). θ is never
+the pole's angle here. In shapes, B is the size of a batch.
 
 Why several threads, and no replay memory? Successive steps of one game resemble each other. A
-network that learns from them alone fits the present part of the game and forgets the other parts.
-DQN therefore stores its steps and learns from old ones in random order, its replay memory. It may
-use old steps, because its target does not depend on how the old action was chosen. A3C may not: its
+network that learns from them alone may fit the present part of the game and forget the others. DQN
+therefore stores its steps and learns from old ones in random order, its replay memory. It may use
+old steps, because its target does not depend on how the old action was chosen. A3C may not: its
 loss is right only for actions that were drawn with the present p (in loss_total, "Why the
-logarithm?"). So A3C learns from new steps of several games: successive updates come from different
-threads, and while one game begins, another is about to end. (CartPole is so easy that one thread
-learns it, too. Threads do not make this program faster, because Python runs the code of one thread
-at a time. The article names another advantage: as nothing is shuffled, one may use an LSTM.)
+logarithm?"). So A3C learns from new steps of several games: successive updates mostly come from
+different threads, which soon are in different parts of their games. (CartPole is so easy that one
+thread learns it, too. Threads do not make this program faster, because Python runs the code of one
+thread at a time. The article names another advantage: as nothing is shuffled, one may use an LSTM.)
 
 This is the program of Sugulu's article 「実装しながら学ぶA3C」 of 2017, for today's libraries:
 https://qiita.com/sugulu/items/acbc909dd9b74b043e45. The classes come in the order in which the
 article explains them. "The paper" is Mnih et al., 2016, https://arxiv.org/abs/1602.01783.
-README.md lists what differs from the article, and its misprints.
+README.md lists what differs from the article, and the article's misprints.
 """
 import argparse
 import collections
@@ -137,7 +137,7 @@ def learn(parameter_server, workers, args):
     started = time.perf_counter()
     try:
         # M2. Start the threads. start() returns at once, and worker.run runs in the new thread.
-        #     Python switches between all threads, and what follows here, at any moment.
+        #     From now on Python may switch at any moment between these threads and this one.
         with one_core():                            # (only for speed)
             for worker in workers:
                 worker.start()
@@ -179,7 +179,7 @@ class Environment:
         self.agent = Agent(name, thread_type, parameter_server)
         self.env = gym.make(env, disable_env_checker=True,      # the checker takes time
                             render_mode="rgb_array" if thread_type == "test" else None)
-        self.env.reset(seed=self.agent.rng.getrandbits(31))     # later resets depend on it
+        self.env.reset(seed=self.agent.rng.getrandbits(31))     # seeds all later resets, too
         self.max_steps = self.env.spec.max_episode_steps        # 200 (CartPole-v1: 500)
         self.total_reward_vec = np.zeros(10)                    # steps of the last ten episodes
         self.last_weights = collections.deque(maxlen=10)        # θ' after each of them
@@ -235,7 +235,7 @@ class Environment:
         is_winner = self.parameter_server.record(episode, bool(mean > self.max_steps - 1))
         if is_winner:
             # Not in the article, where the server gets the winner's last θ'. With the mean of its
-            # ten last θ' the pole falls less often.
+            # θ' after each of these ten episodes, the pole falls less often.
             brain = self.agent.brain
             brain.weights = [np.mean(arrays, axis=0) for arrays in zip(*self.last_weights)]
             brain.push_parameter_server()
@@ -255,8 +255,8 @@ class Agent:
     def act(self, s):
         """Choose an action in the state s (4,).
 
-        Q-learning would take the action with the largest Q. Here the action is drawn with the
-        probabilities p: both are tried, the one that seems better more often.
+        Q-learning would take the action with the largest Q, and needs ε to try the other one. Here
+        the action is drawn with the probabilities p: the one that seems better comes more often.
         """
         p = self.brain.predict_p(s)
         if self.thread_type == "test":
@@ -321,8 +321,8 @@ class ParameterServer:
         copies θ2, plays          plays                     θ2
 
     Why does thread 1 play with a copy? If it played with θ itself, other threads would change the
-    weights between two of its steps. But its gradients must be computed with the same p with which
-    its actions were drawn (in loss_total, "Why the logarithm?").
+    weights between two of its steps. Then p would no longer be the p with which its earlier actions
+    were drawn, and its gradients would be wrong (in loss_total, "Why the logarithm?").
 
     Why do old gradients do little harm? The gradients of thread 1 were computed with θ0, but they
     change θ1: they are one update old. With eight threads they are seven updates old on average,
@@ -336,8 +336,7 @@ class ParameterServer:
 
     Why no lock to copy? An update makes a new list of new arrays and does not change the old ones
     (上書きしない). One assignment then puts the new list in place of the old one. So a thread gets
-    one list or the other, never a mixture, and the list that it holds never changes: this is its
-    copy.
+    one list or the other, never a mixture, and as this list never changes, it serves as the copy.
     """
 
     def __init__(self, seed=None, max_episodes=20_000, learning_rate=LEARNING_RATE):
@@ -407,8 +406,8 @@ class ParameterServer:
 class LocalBrain:
     """A thread's copy θ' of the network, and its samples. Article: 「LocalBrain」.
 
-    There each LocalBrain has a Keras model. Here it has only the weights of one; `predict` and
-    `gradients` compute with them.
+    In the article each LocalBrain has a Keras model. Here it has only the weights of one; `predict`
+    and `gradients` compute with them.
     """
 
     def __init__(self, parameter_server):
@@ -418,7 +417,7 @@ class LocalBrain:
 
     def pull_parameter_server(self):
         """1. and 9. Take the weights that the server has now: θ' ← θ."""
-        # This list never changes (see ParameterServer), so it is a copy.
+        # Both now hold the same list. As it never changes, it serves as a copy.
         self.weights = self.parameter_server.weights
 
     def push_parameter_server(self):
@@ -441,7 +440,7 @@ class LocalBrain:
     def update_parameter_server(self):
         """Turn the queued samples into gradients, and hand these to the server."""
         if len(self.train_queue) < MIN_BATCH:
-            return      # the samples wait (this happens only if n is neither 5 nor 6)
+            return      # the samples wait (with n = 5 or 6 and T_MAX = 10 this does not happen)
         # Make one array of all s, one of all a, and so on.
         s, a, R_n, s_, s_mask = [np.array(column, np.float32) for column in zip(*self.train_queue)]
         self.train_queue = []
@@ -462,10 +461,13 @@ class LocalBrain:
 
     @staticmethod
     def gradients(model, weights, s, a, R):
-        """The gradients of the mean loss at the weights θ': s (B, 4), a one-hot (B, 2), R (B,)."""
+        """The gradients of the mean loss at the weights θ': s (B, 4), a one-hot (B, 2), R (B,).
+
+        (In the paper each step looks ahead to the last step of its batch, and the loss is a sum.)
+        """
         with tf.GradientTape() as tape:     # records what is computed, to find its gradients
             tape.watch(weights)
-            # The model with these weights. ([] and _: other state of a model; this one has none.)
+            # The model with these weights. ([] and _: what is not trained. This model has no such.)
             (p, v), _ = model.stateless_call(weights, [], s)
             loss = tf.reduce_mean(LocalBrain.loss_total(p, v[:, 0], a, R))
         return tape.gradient(loss, weights)
@@ -486,18 +488,19 @@ class LocalBrain:
         right on average, but slow and noisy. R - V(s) is on average above 0 for the better action
         and below 0 for the worse one, if V(s) is right.
 
-        Why the logarithm? An action with p = 0.1 is drawn once in ten times. To make up for this,
-        each draw must count ten times. Otherwise an action would gain only because it is drawn
-        often. log p does this: its slope is 1/p times that of p. But it must be the p of the draw.
-        If p was 0.1 then and is 0.9 now, the draw counts 1/0.9 = 1.1 times instead of ten times. So
-        a thread plays with a copy, and A3C has no replay memory. (There are two exceptions: the
-        four samples that wait for the next update, and the random actions of ε.)
+        Why the logarithm? An action with p = 0.1 is drawn only once in ten times. To make up for
+        this, each draw must count ten times. Otherwise an action would gain only because it is
+        drawn often. The logarithm does this, because the slope of log p is 1/p times the slope of
+        p. But it must be the p of the draw. If p was 0.1 then and is 0.9 now, the draw counts only
+        1/0.9 = 1.1 times. So a thread plays with a copy, and A3C has no replay memory. (There are
+        two exceptions: the steps that wait in the agent's memory during an update become samples
+        when θ' is newer; and the random actions of ε.)
 
         Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this
         loss, -log p·(R - V(s)), would train V(s), too: the larger V(s), the smaller the loss, as
         -log p is never negative. So V(s) would rise above R.
 
-        The critic: loss_value moves V(s) towards R. (R is data here, so its V(s') does not move.)
+        The critic: loss_value moves V(s) towards R. (R is a constant: V(s') is not moved by it.)
 
         The entropy -Σ p·log p is large if both actions are about equally probable. Its negative, as
         a loss, keeps p from becoming 0 or 1 too early (エントロピー項).
@@ -510,7 +513,7 @@ class LocalBrain:
         loss_entropy = LOSS_ENTROPY * minus_entropy
         return loss_policy + loss_value + loss_entropy
 
-    # The next two methods exist only for speed.
+    # The next two methods do what the Keras model could do, too, only faster.
 
     @staticmethod
     def _build_graph(model):

@@ -207,7 +207,7 @@ def draw_learning_curve(history, path, limit, title):
             curves[e.thread].append(e)
     label = "a worker's mean of its last 10" if len(curves) > 1 else "mean of the last 10"
     for episodes in curves.values():
-        is_winner = episodes[-1].mean_of_last_10 > limit - 1
+        is_winner = len(curves) > 1 and episodes[-1].mean_of_last_10 > limit - 1
         axes.plot([e.total_steps for e in episodes], [e.mean_of_last_10 for e in episodes],
                   color=ORANGE if is_winner else BLUE, linewidth=2.5 if is_winner else 1,
                   zorder=3 if is_winner else 2,
