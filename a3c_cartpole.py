@@ -642,7 +642,8 @@ def show_progress(server, workers):
             if bars.disable:
                 for e in server.history[shown:]:
                     print(f"{e.thread}  episode {e.episode}  steps {e.steps}"
-                          f"  mean of last 10 {e.mean_of_last_10:.1f}", flush=True)
+                          f"  mean of last 10 {e.mean_of_last_10:.1f}\n",
+                          end="", flush=True)       # in one piece, which Ctrl-C cannot cut
                     shown += 1
 
 

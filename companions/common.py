@@ -94,7 +94,8 @@ class Run:
         self.bars.update(self.tasks[worker], completed=mean)
         if self.bars.disable:
             print(f"{e.thread}  episode {e.episode}  steps {e.steps}"
-                  f"  mean of last 10 {e.mean_of_last_10:.1f}", flush=True)
+                  f"  mean of last 10 {e.mean_of_last_10:.1f}\n",
+                  end="", flush=True)       # in one piece, which Ctrl-C cannot cut
 
     def keep(self, models):
         """Save {name: Keras model} and the history, print the summary line, draw the curve."""

@@ -5,7 +5,7 @@ takes the action a in the state s, and afterwards always the action with the lar
 from steps that are drawn at random from a memory. The values that Q shall approach, its targets,
 come from an older copy of the network, the target network.
 
-    python -m companions.dqn_cartpole   # a minute or two; films are then in movie/dqn_cartpole
+    python -m companions.dqn_cartpole   # about a minute; films are then in movie/dqn_cartpole
 
 This is the program of a post by 林 of DATUM STUDIO, for today's libraries:
 「【Pythonで再現】DeepMindのDQNアルゴリズムを再現してみた」

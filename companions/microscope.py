@@ -3,8 +3,8 @@
     python -m companions.microscope
 
 An untrained network plays an episode of ten steps, at whose end the pole falls, and learns from it
-once. Everything is done by the classes of a3c_cartpole.py, as they are; `look` and `play` call them
-as Environment.run does, and keep the numbers for a table.
+once. The classes of a3c_cartpole.py do the work, as they are. `play` repeats the loop of
+Environment.run, to keep the numbers for the table.
 """
 import argparse
 import collections

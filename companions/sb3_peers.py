@@ -3,7 +3,7 @@
     python -m pip install stable-baselines3
     python -m companions.sb3_peers A2C --seed 1     # history.csv is then in movie/sb3_peers
 
-compare.py runs this like the other programs: it prints the same lines, writes the same history.csv
+compare.py runs this like the other programs: it prints the two lines that compare reads, writes the same history.csv
 and ends with the same exit status. Learning ends by the main file's rule, in StopRule.
 
 What the main file and common.py have already, the rule and Episode, is written here once more,
