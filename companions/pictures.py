@@ -4,8 +4,8 @@
     python -m companions.pictures DIR       # of a run with --out DIR
 
 Advantage, Actor and Critic are drawn with the weights in DIR. For Asynchronous as many threads as
-in the run learn CartPole-v0 once more, for some seconds, while a NotingServer takes notes: it is the main
-file's ParameterServer, and remembers when a thread copied θ and when the thread changed θ.
+in the run learn CartPole-v0 once more, for some seconds, while a NotingServer takes notes: it is
+the main file's ParameterServer, and remembers when a thread copied θ and when it changed θ.
 """
 import argparse
 import collections

@@ -3,8 +3,9 @@
     python -m pip install stable-baselines3
     python -m companions.sb3_peers A2C --seed 1     # history.csv is then in movie/sb3_peers
 
-compare.py runs this like the other programs: it prints the two lines that compare reads, writes the same history.csv
-and ends with the same exit status. Learning ends by the main file's rule, in StopRule.
+compare.py runs this like the other programs: it prints the two lines that compare.py reads, writes
+the same history.csv and ends with the same exit status. Learning ends by the main file's rule, in
+StopRule.
 
 What the main file and common.py have already, the rule and Episode, is written here once more,
 because with their import these algorithms would have to wait until TensorFlow is imported.
