@@ -291,9 +291,8 @@ class Agent:
 
         Why n = 5? With n = 1, each update carries the effect of a fall only one step back. With
         n = 50, R depends on which fifty actions happened to be drawn (ばらつき), and says little
-        about the first of them. (The article's reason against a large n, that an unfinished Q
-        chooses the later actions, is about Q-learning. In A3C p chooses them, and V is to say what
-        playing with this p brings.)
+        about the first of them. (The article's reason against a large n, an unfinished Q, is for
+        Q-learning. In A3C the later actions may be drawn with p: V(s) is the value of such play.)
         """
         a_cats = np.zeros(NUM_ACTIONS)      # a as one-hot
         a_cats[a] = 1
@@ -321,14 +320,14 @@ class ParameterServer:
         copies θ2, plays          plays                     θ2
 
     Why does thread 1 play with a copy? If it played with θ itself, other threads would change the
-    weights between two of its steps. Then p would no longer be the p with which its earlier actions
-    were drawn, and its gradients would be wrong (in loss_total, "Why the logarithm?").
+    weights between two of its steps. It would draw its actions with several p, but compute the
+    gradients with the last of them, which is not quite right (in loss_total, "Why the logarithm?").
 
     Why do old gradients do little harm? The gradients of thread 1 were computed with θ0, but they
     change θ1: they are one update old. With eight threads they are seven updates old on average,
     because each of the other seven threads makes about one meanwhile (the picture of the threads in
-    README.md shows how this varies). Seven updates change p by 0.01 on average. So the gradients
-    still point nearly the right way.
+    README.md shows how this varies). In this program seven
+    updates change p by 0.01 on average. So the gradients still point nearly the right way.
 
     Why a lock to update (排他制御)? Python may switch threads at any moment. If two of them made a
     new θ from the same θ1, the one that stores its result last would erase the other's update.
@@ -467,7 +466,8 @@ class LocalBrain:
         """
         with tf.GradientTape() as tape:     # records what is computed, to find its gradients
             tape.watch(weights)
-            # The model with these weights. ([] and _: what is not trained. This model has no such.)
+            # Run the model with θ' instead of its own weights. ([] and _ would hold variables that are
+            # not trained. This model has none.)
             (p, v), _ = model.stateless_call(weights, [], s)
             loss = tf.reduce_mean(LocalBrain.loss_total(p, v[:, 0], a, R))
         return tape.gradient(loss, weights)
@@ -483,10 +483,11 @@ class LocalBrain:
         advantage is -1, and this push becomes less probable. If R = 0.4, the advantage is 0.3, and
         it becomes a little more probable. An optimizer makes a loss small: hence the minus.
 
-        Why not R itself? In a bad state R < 0 for both actions. Then each draw makes the drawn
-        action less probable, even if it is the better one. The worse one loses more, so this is
-        right on average, but slow and noisy. R - V(s) is on average above 0 for the better action
-        and below 0 for the worse one, if V(s) is right.
+        Why not R itself? Suppose both actions have p = 0.5, and R is -0.5 after the better one and
+        -0.9 after the worse one. With R, each draw makes its action less probable, even the better
+        one. Only over many draws does the worse one lose more: right on average, but slow and
+        noisy. With V(s) = -0.7, their mean, the advantages are 0.2 and -0.2, so each draw moves p
+        the right way.
 
         Why the logarithm? An action with p = 0.1 is drawn only once in ten times. To make up for
         this, each draw must count ten times. Otherwise an action would gain only because it is
