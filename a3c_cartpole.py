@@ -326,8 +326,8 @@ class ParameterServer:
     Why do old gradients do little harm? The gradients of thread 1 were computed with θ0, but they
     change θ1: they are one update old. With eight threads they are seven updates old on average,
     because each of the other seven threads makes about one meanwhile (the picture of the threads in
-    README.md shows how this varies). In this program seven
-    updates change p by 0.01 on average. So the gradients still point nearly the right way.
+    README.md shows how this varies). In this program seven updates change p by 0.01 on average. So
+    the gradients still point nearly the right way.
 
     Why a lock to update (排他制御)? Python may switch threads at any moment. If two of them made a
     new θ from the same θ1, the one that stores its result last would erase the other's update.
@@ -466,8 +466,8 @@ class LocalBrain:
         """
         with tf.GradientTape() as tape:     # records what is computed, to find its gradients
             tape.watch(weights)
-            # Run the model with θ' instead of its own weights. ([] and _ would hold variables that are
-            # not trained. This model has none.)
+            # Run the model with θ' instead of its own weights. ([] and _ would hold variables that
+            # are not trained. This model has none.)
             (p, v), _ = model.stateless_call(weights, [], s)
             loss = tf.reduce_mean(LocalBrain.loss_total(p, v[:, 0], a, R))
         return tape.gradient(loss, weights)

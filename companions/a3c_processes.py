@@ -9,9 +9,11 @@ network lie in memory that all processes share, and each process changes θ with
 This is the program of rarilurelo's post 「PyTorchでA3C」 (blog rarilureloの日記, 2017). Its
 repository is https://github.com/rarilurelo/pytorch_a3c; what is said of it here is about commit
 c36074b, of the day of the post. Read a3c_cartpole.py first: it explains actor, critic and
-advantage. Then look at `train`, the loop of each process, and at the places where it meets the
-others: Policy.sync reads θ, AsyncRMSprop.step changes θ and the mean squares, and `global_t += 1`
-counts the steps of all. `learn` makes the shared memory and starts the processes.
+advantage. (Other than there, each step looks ahead to the end of its rollout, not n = 5 steps, the
+loss is a sum, not a mean, and there is no ε.) Then look at `train`, the loop of each process, and
+at the places where it meets the others: Policy.sync reads θ, AsyncRMSprop.step changes θ and the
+mean squares, and `global_t += 1` counts the steps of all. `learn` makes the shared memory and
+starts the processes.
 
 Symbols: θ the shared weights; θ' a process's copy; p the probability of each action; V(s) what the
 critic expects of the state s. A rollout is the steps that a process plays with one copy; T is their
@@ -33,9 +35,9 @@ Slips, corrected here:
 - The list `observations` holds the states after the actions, and nothing reads it.
 Kept, though it is doubtful: returns are normalised (see compute_returns). The author took this out
 later.
-Added: the run ends when the last ten episodes of a process have a mean above 199 steps, or when a
-process has failed. The post keeps θ' of the best episode of its first process; `learn` says what is
-kept here. The test always takes the more probable action; that of the repository draws one.
+Added: the run ends when the last ten episodes of a process have a mean above 199 steps, when a
+process has failed, or after --max-episodes. The post saves θ' of its first process; `learn` says
+what is kept here. The test always takes the more probable action; that of the repository draws one.
 """
 # ruff: noqa: E402  (quick_start is called before the imports that take seconds)
 import collections
@@ -165,7 +167,8 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
         rewards = []
         R = 0       # it stays 0 if the episode ends: then no rewards come later
         for _ in range(LOCAL_T_MAX):
-            global_t += 1       # of all processes; no lock: see AsyncRMSprop.step
+            # In place, so that all processes see it. No lock: see AsyncRMSprop.step.
+            global_t += 1
             p, _ = local_policy.forward(o)
             a = rng.choices(range(NUM_ACTIONS), p.tolist())[0]
             observations.append(o)
@@ -200,10 +203,10 @@ def compute_returns(rewards, R):
     """Sum the discounted rewards after each step (T,), and normalise as the post does.
 
     R stands for the rewards after the last step. Normalised returns have a mean of 0 and a standard
-    deviation near 1, so V learns how a return compares with the others of its rollout. But then R,
-    which is such a V, is near 0 where the rewards to come may sum to 80. So the last steps of a
-    rollout that goes on have the smallest returns, even if the pole stands well. (A single return
-    is left as it is. ddof=1: as in PyTorch.)
+    deviation near 1, so V learns how a return compares with the others of its rollout. But each
+    reward of CartPole is 1. So the last step of a rollout always has the smallest return, even if
+    the pole stands well, and R matters little: normalised, the returns are almost the same for all
+    R below 100. (A single return is left as it is. ddof=1: as in PyTorch.)
     """
     returns = []
     for r in rewards[::-1]:
@@ -307,8 +310,8 @@ class StackEnv:
 def learn(policy, args):
     """Let processes learn, and keep the results. Return True if one has learned.
 
-    `policy` gives the first weights. It gets those that are kept: θ when the last episode is
-    reported, or the mean of θ after the last ten episodes of the process that has learned.
+    `policy` gives the first weights. Afterwards it has those to keep. If a process has learned: the
+    mean of θ over its last ten episodes. If none has: θ at the last episode reported.
     """
     # The memory that all processes share: θ, RMSProp's mean squares (from 0), the count of steps.
     shared_weights = [mp.RawArray("f", w.ravel()) for w in policy.weights]

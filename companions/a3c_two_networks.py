@@ -1,9 +1,10 @@
-"""A3C with two networks, an actor and a critic, that four threads share.
+"""A3C (Asynchronous Advantage Actor-Critic) with two networks that four threads share.
 
-Four threads each play a CartPole of their own. The actor computes the probability of a push to the
-right, the critic V(s), the rewards to expect from a state on; no thread has weights of its own.
+Four threads each play a CartPole of their own. The actor computes p, the probability of a push to
+the right, the critic V(s), the discounted sum of the rewards to expect from the state s on. The
+advantage is how much better it went than the critic expected. No thread has weights of its own.
 Every ten steps and at the end of an episode, a thread trains both networks with its episode so far.
-Only one thread can train at a time. Asynchronous: no thread waits until another has played.
+Asynchronous: no thread waits until another has played, only until another has trained.
 
     python -m companions.a3c_two_networks   # learns within seconds; films: movie/a3c_two_networks
 
@@ -17,16 +18,17 @@ classes and methods keep their names and order. Look at these places:
     what the actor learns                       Agent.train_episode, A3C.actor_loss
 
 The post's list (算法原理) has four steps: 1. copy the shared network, 2. play, 3. compute
-gradients, 4. change the shared network by them. Step 1 is missing, here and in the post's code,
-which trains the shared networks themselves with the data of all threads. A lock lets only one
-thread at a time do 3 and 4. But during 2 there is no lock: other threads change the networks
-between two steps of a thread, so many of its actions were drawn with an older p. The main file,
-a3c_cartpole.py, has step 1: there a thread plays and computes gradients with its own copy. It also
-says why several threads need no replay memory.
+gradients, 4. change the shared network by them. Step 1 is missing, here and in the post's code:
+each thread trains the shared networks directly, with its own steps. A lock lets only one thread at
+a time do 3 and 4. But during 2 there is no lock: other threads change the networks between two
+steps of a thread, so many of its actions were drawn with an older p (see Agent.train_episode). In
+the main file, a3c_cartpole.py, a thread plays with its own copy. Why no replay memory? Successive
+steps of one game resemble each other. Here successive updates mostly come from different threads,
+which are in different parts of their games.
 
-Symbols: p, the probability of a push to the right. R, the return (in the code discounted_rewards):
-the discounted sum of all rewards from a step on, of which V estimates those that have not come yet.
-T, the number of steps of the episode so far.
+Symbols: p, the probability of a push to the right. R (in the code discounted_rewards): the return,
+the discounted sum of the rewards from a step on. Unless the episode has ended, V(next_state) stands
+for the rewards that have not come yet. T, the number of steps of the episode so far.
 
 What differs from the post, and is needed to read the code:
 - tf.function, tf.GradientTape and Keras' Adam replace K.function and get_updates.
@@ -152,8 +154,9 @@ class A3C:
         Actions with a positive advantage become more probable, those with a negative one less.
         """
         # Binary cross-entropy is -log of the probability of the action: -log p if it is 1, and
-        # -log(1 - p) if it is 0. (Why the logarithm? See
-        # loss_total in the main file. Shapes and mean: not as in the post.)
+        # -log(1 - p) if it is 0. Why the logarithm? A rare action is drawn rarely, so each draw
+        # must count more. The logarithm does this: the slope of log p is 1/p times that of p. But it
+        # must be the p of the draw. (Shapes and mean: not as in the post.)
         cross_entropy = keras.ops.binary_crossentropy(actions, p)
         policy_loss = tf.reduce_mean(cross_entropy * advantages)
 
@@ -306,10 +309,11 @@ class Agent(threading.Thread):
     def train_episode(self, states, actions, rewards, next_state, done):
         """Train both networks with all steps of the episode so far. The caller holds the lock.
 
-        In an episode of 200 steps the first ten are taken 20 times. Their later R contain more
-        rewards and less of V. But their actions were drawn with an older p, and the actor's loss is
-        right only for the present p. In the paper (Mnih et al., 2016) an update takes only the new
-        steps. The post takes all, too, but mostly once, at the end.
+        So steps are used again: in an episode of 200 steps the first ten are used 20 times. This
+        has a good side: each time their R contain more rewards and less of V. And a bad side: their
+        actions were drawn with an older p, but the actor's loss is right only for the present p. In
+        the paper (Mnih et al., 2016) an update takes only the new steps. The post takes all, too,
+        but mostly once, at the end.
         """
         states = np.array(states, np.float32)                           # (T, 4)
         actions = np.array(actions, np.float32).reshape(-1, 1)          # (T, 1)

@@ -25,8 +25,9 @@ Q(s, a)      the output of the network for the action a; Q̂(s, a): that of the 
 B            the size of a batch, in shapes
 
 What differs from the post, and is needed to read the code:
-- The post has two Keras networks, Q and target_Q. Here a single one, `model`, learns. `Q` is a list
-  of its weights after each replay, and `target_Q` is an older such list. So no _clone_network.
+- The post has two Keras networks, Q and target_Q. Here there is one, `model`, which learns. `Q` is
+  a copy of its weights, a list of arrays, made anew after each replay. `target_Q` is an older such
+  copy, which stays as it is until the next renewal. So there is no _clone_network.
 - The 32 calls of train_on_batch in a replay are one compiled function, `_train`.
 - The memory holds `done`, where the post has None in place of the new state.
 Corrected:
@@ -169,10 +170,11 @@ class DQN:
     def _get_samples(self):
         """Draw 32 steps from the memory. Return their histories (32, 16) and targets Y (32, 2).
 
-        Why at random? Successive steps resemble each other. A network that learned them in order
-        would fit the latest ones and forget others. Why are old steps still useful? Which r and s'
-        follow s and a depends on CartPole alone, not on how the agent chose a, so the target below
-        is right for any a.
+        Why at random? Successive steps resemble each other. A network that learns them in order may
+        fit the latest ones and forget others (the post: it may end in a local minimum). Why are old
+        steps still useful? Which r and s' follow s and a depends on CartPole alone. And after s'
+        the target takes the larger Q̂, not the action that the agent really took then. So it does
+        not matter that an older network, or chance, chose the actions.
 
         The target for Q(s, a) is
 
@@ -252,9 +254,9 @@ class DQN:
 
                 # Renew the target network. If Q itself were in the targets, an update that raises
                 # Q(s, a) would often raise Q(s', a') and so its own target, too, and both could
-                # grow without end. At step 0 the new copy is Q after the last episode. An episode
-                # of at most C steps renews it only there. (Paper: every C updates, and an episode's
-                # end changes nothing.)
+                # grow without end. `step` starts again at 0 in each episode, so each episode begins
+                # with a renewal, and short ones (up to C steps) have no other. In the paper the
+                # count goes on across episodes.
                 if step % C == 0:
                     self.target_Q = self.Q
 

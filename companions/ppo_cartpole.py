@@ -150,8 +150,8 @@ class Memory:
     def get_batch(self):
         """Return the episode as arrays, in the order of Agent.train, and forget it.
 
-        The advantages are standardized (標準化): their mean becomes 0, their variance 1. So in
-        each episode, good or bad, the better actions become more probable and the others less.
+        The advantages are standardized (標準化): their mean becomes 0, their variance 1. From here
+        on "better" means better than the mean of this episode, no longer better than V expected.
         """
         # PyTorch divides by T - 1 in a standard deviation: ddof=1.
         advantage = self.advantage_lst
@@ -198,19 +198,20 @@ class Agent:
                 # π(a|s): the one-hot vector picks it from the two. (1e-10: never log 0.)
                 pi_of_action = tf.reduce_sum(pi * tf.one_hot(action, NUM_ACTIONS), axis=1)
                 new_log_pi = tf.math.log(pi_of_action + 1e-10)
-                # How probable is the action now, relative to when it was played? `log_pi` was
-                # computed then, without dropout. So the ratio is not 1 even at the first step.
+                # How probable is the action now, relative to when it was played? The old π drew it.
+                # If the new π would draw it twice as often, it must count twice: ratio 2. (At ratio
+                # 1 the gradient of ratio·A is that of A3C's log π·A.) `log_pi` was computed without
+                # dropout, so the ratio is not 1 even at the first step.
                 ratio = tf.exp(new_log_pi - log_pi)     # π/π_old, as exp(log x - log y) = x/y
                 total_loss = self.loss_of(pi, value, ratio, returns, advantage)
             gradients = tape.gradient(total_loss, self.model.trainable_variables)
             self.optimizer.apply(gradients)
 
-            # The post's rule to end these steps: `kl`, the mean of log(ratio), is above .015. Usual
-            # rules take the other sign, which estimates the Kullback-Leibler divergence of the two
-            # policies, a measure of how far they are apart. (The post says itself that `kl` is not
-            # strictly this.) What raises `kl` is dropout, which differs in each step. When the rule
-            # ended the steps in our runs, the mean without dropout was below .015, each time. So it
-            # ends them rather at random. With the other sign, dropout would end them after a few.
+            # The post's rule to end these steps: `kl`, the mean of log(ratio), is above .015. It is a
+            # weak rule. Usual rules take -kl, which estimates the Kullback-Leibler divergence, how
+            # far the new policy is from the old one. (The post says itself that its `kl` is not
+            # strictly this.) In our runs, whenever the rule ended the steps, `kl` computed without
+            # dropout was still below .015. So dropout, which is random, decides the end.
             kl = tf.reduce_mean(new_log_pi - log_pi)
             if kl > 1.5 * TARGET_KL:
                 break
@@ -221,9 +222,9 @@ class Agent:
 
         It is the paper's equation 9 with a minus, because an optimizer makes a loss small.
         """
-        # The policy loss. The smaller it is, the larger ratio·A: good actions become more probable,
-        # bad ones less. The clip limits what can be gained. The minimum of ratio·A and clip_adv,
-        # with A = advantage and ε = CLIP_RATIO:
+        # The policy loss. To make it small, the optimizer makes ratio·A large: good actions become
+        # more probable, bad ones less. The clip limits what can be gained: the loss has, instead of
+        # ratio·A, the minimum of ratio·A and clip_adv. With A = advantage, ε = CLIP_RATIO it is
         #
         #             ratio < 1 - ε     in between    ratio > 1 + ε
         #     A > 0   ratio·A           ratio·A       (1 + ε)·A       a good action
