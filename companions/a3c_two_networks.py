@@ -155,8 +155,8 @@ class A3C:
         """
         # Binary cross-entropy is -log of the probability of the action: -log p if it is 1, and
         # -log(1 - p) if it is 0. Why the logarithm? A rare action is drawn rarely, so each draw
-        # must count more. The logarithm does this: the slope of log p is 1/p times that of p. But it
-        # must be the p of the draw. (Shapes and mean: not as in the post.)
+        # must count more. The logarithm does this: the slope of log p is 1/p times that of p. But
+        # it must be the p of the draw. (Shapes and mean: not as in the post.)
         cross_entropy = keras.ops.binary_crossentropy(actions, p)
         policy_loss = tf.reduce_mean(cross_entropy * advantages)
 
