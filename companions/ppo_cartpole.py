@@ -207,9 +207,9 @@ class Agent:
             gradients = tape.gradient(total_loss, self.model.trainable_variables)
             self.optimizer.apply(gradients)
 
-            # The post's rule to end these steps: `kl`, the mean of log(ratio), is above .015. It is
-            # a weak rule. Usual rules take -kl, which estimates the Kullback-Leibler divergence, how
-            # far the new policy is from the old one. (The post says itself that its `kl` is not
+            # The post's rule to end these steps: `kl`, the mean of log(ratio), is above .015. It
+            # is a weak rule. Usual rules take -kl, which estimates the Kullback-Leibler divergence,
+            # how far the new policy is from the old one. (The post says itself that its `kl` is not
             # strictly this.) In our runs, whenever the rule ended the steps, `kl` computed without
             # dropout was still below .015. So dropout, which is random, decides the end.
             kl = tf.reduce_mean(new_log_pi - log_pi)
