@@ -565,6 +565,13 @@ def read_options(argv):
     parser.add_argument("--out", default=Path("movie/A3C"), type=Path, help="where the files go")
     parser.add_argument("--play", type=Path, metavar="WEIGHTS", help="test these, do not learn")
     args = parser.parse_args(argv)
+    check_files(parser, args)
+    gym.logger.min_level = gym.logger.ERROR     # do not say that CartPole-v0 is old
+    return args
+
+
+def check_files(parser, args):
+    """End the program with exit status 2 if --play or --out cannot be used."""
     if args.play and not (args.play.is_file() and args.play.name.endswith(".weights.h5")):
         parser.error(f"argument --play: {args.play} is not a file whose name ends in .weights.h5")
     try:
@@ -572,8 +579,6 @@ def read_options(argv):
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         parser.error(f"argument --out: cannot write there: {error}")
-    gym.logger.min_level = gym.logger.ERROR     # do not say that CartPole-v0 is old
-    return args
 
 
 def whole_number(text):

@@ -9,11 +9,16 @@ import csv
 import os
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from a3c_cartpole import Episode, load_weights, positive_number, whole_number  # noqa: F401
+from a3c_cartpole import (  # noqa: F401  (some are for the programs alone)
+    Episode,
+    check_files,
+    load_weights,
+    positive_number,
+    whole_number,
+)
 
 import gymnasium as gym
 import numpy as np
@@ -23,7 +28,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GREEN = "#009E73"
-PURPLE = "#CC79A7"
 
 
 class LastTen:
@@ -132,13 +136,7 @@ def make_parser(description, out, max_episodes):
 def read_options(parser, argv):
     """Read the command line. A bad option ends the program with exit status 2."""
     args = parser.parse_args(argv)
-    if args.play and not (args.play.is_file() and args.play.name.endswith(".weights.h5")):
-        parser.error(f"argument --play: {args.play} is not a file whose name ends in .weights.h5")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        parser.error(f"argument --out: cannot write there: {error}")
+    check_files(parser, args)
     gym.logger.min_level = gym.logger.ERROR     # do not say that CartPole-v0 is old
     return args
 
