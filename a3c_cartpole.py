@@ -10,41 +10,33 @@ A3C is Asynchronous Advantage Actor-Critic:
 - Advantage: R - V(s), how much better an action turned out than the critic expected. R is the
   n-step return: the next n rewards, and what the critic expects after them. If the advantage is
   above 0, the actor makes this action more probable, if below 0, less probable. (The article's
-  section 「Advantage」 explains only R.)
+  section 「Advantage」 explains only R: to look n steps ahead.)
 - Asynchronous: eight threads each play a CartPole of their own and improve one shared network. No
   thread waits until another has played its steps.
 
 The parameter server keeps θ, the weights of the shared network. θ' is a thread's copy. Each thread
-repeats this loop (the numbers are those of the article's list):
+repeats the nine steps of the article's list:
 
-    1.        copy the shared weights: θ' ← θ              LocalBrain.pull_parameter_server
-    2. to 5.  play up to T_MAX = 10 steps with the copy;   Environment.run
-              a step becomes a sample when n = 5 rewards   Agent.advantage_push_local_brain
-              are known, or when the episode has ended
-    6.        compute the gradients of the loss, which     LocalBrain.gradients
-              has terms for the actor and the critic       LocalBrain.loss_total
-    7.        hand the gradients to the server             LocalBrain.update_parameter_server
-    8.        the server changes θ by them                 ParameterServer.apply_gradients
-    9.        back to 1.
+    1. copy the shared weights: θ' ← θ                 LocalBrain.pull_parameter_server
+    2. choose an action a in the state s, using θ'     Agent.act
+    3. do it, which gives a reward and a new state     Environment.run
+    4. remember it; it becomes a sample when its       Agent.advantage_push_local_brain
+       n = 5 rewards are known, or at the end
+    5. repeat 2 to 4, T_MAX = 10 times or until the    Environment.run
+       episode ends
+    6. compute the gradients of the loss, using θ'     loss_gradients, loss_total
+    7. hand them to the server                         LocalBrain.update_parameter_server
+    8. the server changes θ by them                    ParameterServer.apply_gradients
+    9. back to 1.
 
-Symbols: s, a, r: state, action, reward. s' (in code s_): a later state. γ: the factor by which a
-reward counts less for each step that it comes later. p(a|s): the article's pi_θ(a|s). θ is never
-the pole's angle here. In shapes, B is the size of a batch.
-
-Why several threads, and no replay memory? Successive steps of one game resemble each other. A
-network that learns from them alone may fit the present part of the game and forget the others. DQN
-therefore stores its steps and learns from old ones in random order, its replay memory. It may use
-old steps, because its target does not depend on how the old action was chosen. A3C may not: its
-loss is right only for actions that were drawn with the present p (in loss_total, "Why the
-logarithm?"). So A3C learns from new steps of several games: successive updates mostly come from
-different threads, which soon are in different parts of their games. (CartPole is so easy that one
-thread learns it, too. Threads do not make this program faster, because Python runs the code of one
-thread at a time. The article names another advantage: as nothing is shuffled, one may use an LSTM.)
+Symbols: s, a, r: state, action, reward. s' (in code s_): the next state; in a sample, the state n
+steps later. γ: the factor by which a reward counts less for each step that it comes later. p(a|s):
+the article's pi_θ(a|s). θ is never the pole's angle here. In shapes, B is the size of a batch.
 
 This is the program of Sugulu's article 「実装しながら学ぶA3C」 of 2017, for today's libraries:
 https://qiita.com/sugulu/items/acbc909dd9b74b043e45. The classes come in the order in which the
-article explains them. "The paper" is Mnih et al., 2016, https://arxiv.org/abs/1602.01783.
-README.md lists what differs from the article, and the article's misprints.
+article explains them, and the names are its own. README.md lists what differs. "The paper" is
+Mnih et al., 2016, https://arxiv.org/abs/1602.01783.
 """
 import argparse
 import collections
@@ -72,22 +64,27 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")    # slow ours down
 import gymnasium as gym
 import keras
 import numpy as np
+import rich
 import tensorflow as tf
 from rich.progress import BarColumn, Progress, TextColumn
+
+keras.config.set_floatx("float32")      # whatever keras.json says
 
 # -- constants of Game
 ENV = "CartPole-v0"     # an episode has at most 200 steps (CartPole-v1: 500)
 NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
 NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right (article: right, left)
-NONE_STATE = np.zeros(NUM_STATES)       # stands for s' when the episode has ended
+NONE_STATE = np.zeros(NUM_STATES)       # fills the place of s' after the end, see train_push
 
 # -- constants of LocalBrain
 MIN_BATCH = 5           # an update needs at least this number of samples
 LOSS_V = .5             # coefficient of the value loss
 LOSS_ENTROPY = .01      # coefficient of the entropy
-LEARNING_RATE = 5e-3    # for CartPole-v0
+
+# -- constants of ParameterServer
+LEARNING_RATE = 5e-3
 LEARNING_RATE_V1 = 2e-3 # not in the article: with 5e-3 CartPole-v1 is learned and then forgotten
-RMSPROP_DECAY = .99     # see ParameterServer.apply_gradients
+RMSPROP_DECAY = .99     # how much of its old value RMSProp's mean keeps at each update
 
 # -- constants of Advantage: see Agent.advantage_push_local_brain
 GAMMA = .99             # γ
@@ -96,49 +93,47 @@ GAMMA_N = GAMMA ** N_STEP_RETURN
 
 # -- constants of the threads
 N_WORKERS = 8           # learning threads
-T_MAX = 10              # steps of a thread between two of its updates (article: Tmax)
+T_MAX = 10              # steps of a thread between two of its updates, at most (article: Tmax)
 
 # -- constants of ε-greedy (ε-greedy法): with probability ε an action is random, and p is ignored.
-# The paper's A3C has no ε. The loss treats such an action as if it had been drawn from p.
+# The paper's A3C has no ε.
 EPS_START = .5
 EPS_END = 0.
 EPS_STEPS = 200 * N_WORKERS     # after this number of steps, of all threads together, ε is EPS_END
+
+MAX_EPISODES = 20_000   # of all threads together; not in the article
 
 
 def main(argv=None):
     """Learn, then test what was learned. Return the exit status. Article: 「メイン関数」."""
     args = read_options(argv)
 
-    # M0. What all threads share. It is only an object in memory, not a thread and not another
-    #     computer. It also holds what the article has as globals, frames and isLearned.
+    # M0. The parameter server holds what all threads share, also what the article has as globals,
+    #     frames and isLearned. It is only an object in memory, not a thread or another computer.
     learning_rate = LEARNING_RATE_V1 if args.env == "CartPole-v1" else LEARNING_RATE
     parameter_server = ParameterServer(args.seed, args.max_episodes, learning_rate)
-
-    # M1. Make the workers. Each makes an Environment, an Agent and a LocalBrain of its own.
-    workers = [WorkerThread(f"local_thread{i + 1}", "learning", parameter_server, args.env)
-               for i in range(args.workers)]
-    test_worker = WorkerThread("test_thread", "test", parameter_server, args.env)
     check_predict(parameter_server)
 
     if args.play:                                   # not in the article
         parameter_server.weights = load_weights(parameter_server.model, args.play)
     else:
-        learn(parameter_server, workers, args)      # M2 and M3
+        # M1. Make the workers. Each makes an Environment, an Agent and a LocalBrain of its own.
+        workers = [WorkerThread(f"local_thread{i + 1}", parameter_server, args.env)
+                   for i in range(args.workers)]
+        learn(parameter_server, workers, args.out)  # M2 and M3
         if not parameter_server.is_learned:
             return 1
-
-    # The test runs in the main thread, because macOS opens windows in no other.
-    test(test_worker.environment, args)
+    test(parameter_server, args)
     return 0
 
 
-def learn(parameter_server, workers, args):
+def learn(parameter_server, workers, out):
     """Let each worker run in a thread of its own until learning is over, and keep the results."""
     started = time.perf_counter()
     try:
         # M2. Start the threads. start() returns at once, and worker.run runs in the new thread.
         #     From now on Python may switch at any moment between these threads and this one.
-        with one_core():                            # (only for speed)
+        with one_core():                            # only for speed
             for worker in workers:
                 worker.start()
         show_progress(parameter_server, workers)    # until learning is over
@@ -146,19 +141,20 @@ def learn(parameter_server, workers, args):
         # M3. `stop` is a flag that all threads see. Each thread ends after its present episode;
         #     join() waits for that.
         parameter_server.stop.set()
-        for worker in workers:
-            if worker.is_alive():
-                worker.join()
-        keep_results(parameter_server, time.perf_counter() - started, args)
+        with uninterrupted():                       # a second Ctrl-C must not lose the results
+            for worker in workers:
+                if worker.is_alive():               # (after Ctrl-C some may not have started)
+                    worker.join()
+            keep_results(parameter_server, workers, time.perf_counter() - started, out)
 
 
 class WorkerThread(threading.Thread):
-    """A thread with an environment of its own. Article: 「Worker_Thread」."""
+    """A thread that learns in an environment of its own. Article: 「Worker_Thread」."""
 
-    def __init__(self, thread_name, thread_type, parameter_server, env=ENV):
+    def __init__(self, thread_name, parameter_server, env_name=ENV):
         super().__init__(name=thread_name)
         self.parameter_server = parameter_server
-        self.environment = Environment(thread_name, thread_type, parameter_server, env)
+        self.environment = Environment(thread_name, "learning", parameter_server, env_name)
 
     def run(self):
         """Play and learn, episode after episode, until learning is over for all threads."""
@@ -166,20 +162,21 @@ class WorkerThread(threading.Thread):
             while not self.parameter_server.stop.is_set():
                 self.environment.run()
         finally:
-            self.parameter_server.stop.set()        # after an error, too
+            self.parameter_server.stop.set()        # (an error in one thread ends all)
 
 
 class Environment:
     """A CartPole and the agent that plays it. Article: 「Environment」."""
 
-    def __init__(self, name, thread_type, parameter_server, env=ENV):
+    def __init__(self, name, thread_type, parameter_server, env_name=ENV, env=None):
         self.name = name
-        self.thread_type = thread_type
+        self.thread_type = thread_type                          # "learning" or "test"
         self.parameter_server = parameter_server
         self.agent = Agent(name, thread_type, parameter_server)
-        self.env = gym.make(env, disable_env_checker=True,      # the checker takes time
-                            render_mode="rgb_array" if thread_type == "test" else None)
-        self.env.reset(seed=self.agent.rng.getrandbits(31))     # seeds all later resets, too
+        if env is None:
+            env = gym.make(env_name, disable_env_checker=True)  # the checker takes time
+            env.reset(seed=self.agent.rng.getrandbits(31))      # seeds all later resets, too
+        self.env = env
         self.max_steps = self.env.spec.max_episode_steps        # 200 (CartPole-v1: 500)
         self.total_reward_vec = np.zeros(10)                    # steps of the last ten episodes
         self.last_weights = collections.deque(maxlen=10)        # θ' after each of them
@@ -198,14 +195,14 @@ class Environment:
             s_, _, terminated, truncated, _ = self.env.step(a)  # 3. do a; it leads to s' and r
             step += 1
             done = terminated or truncated
-            r = self.reward(step, done)
+            r = self.reward(step, done)                         #    (in place of gym's reward)
             if done:
                 s_ = None                                       #    (no state follows the end)
             if is_learning:
                 self.parameter_server.count_step()
                 agent.advantage_push_local_brain(s, a, r, s_)   # 4. remember it
-                if done or step % T_MAX == 0:                   # 5. 2 to 4 repeat until here
-                    agent.brain.update_parameter_server()       # 6. 7. 8. gradients → θ
+                if done or step % T_MAX == 0:                   # 5. (2 to 4 repeat until here)
+                    agent.brain.update_parameter_server()       # 6 to 8: gradients → θ
                     agent.brain.pull_parameter_server()         # 9. back to 1: θ' ← θ
             s = s_
         if is_learning:
@@ -213,10 +210,11 @@ class Environment:
         return step
 
     def reward(self, step, done):
-        """The article's reward for a step, instead of gym's, which is 1 for every step.
+        """Return the article's reward for a step. (gym's is 1 for every step.)
 
         It is 0 until the episode ends. So a correct V(s) lies between -1 and 1, and is near -1
         shortly before a fall. At the time limit, too, the episode ends, and no V(s') follows.
+        (Strictly, the game goes on there, and V(s') should follow.)
         """
         if not done:
             return 0
@@ -234,8 +232,8 @@ class Environment:
                           self.parameter_server.frames)
         is_winner = self.parameter_server.record(episode, bool(mean > self.max_steps - 1))
         if is_winner:
-            # Not in the article, where the server gets the winner's last θ'. With the mean of its
-            # θ' after each of these ten episodes, the pole falls less often.
+            # Not in the article, which hands over the last θ'. With the mean of the ten, weight by
+            # weight, the pole falls less often.
             brain = self.agent.brain
             brain.weights = [np.mean(arrays, axis=0) for arrays in zip(*self.last_weights)]
             brain.push_parameter_server()
@@ -255,12 +253,13 @@ class Agent:
     def act(self, s):
         """Choose an action in the state s (4,).
 
-        Q-learning would take the action with the largest Q, and needs ε to try the other one. Here
-        the action is drawn with the probabilities p: the one that seems better comes more often.
+        With probability ε it is random. Otherwise it is drawn with the probabilities p, so the
+        action that seems worse is tried, too, only less often. (The article calls it 最適行動, the
+        best action. Always to take the best is Q-learning's way, which therefore needs ε.)
         """
         p = self.brain.predict_p(s)
         if self.thread_type == "test":
-            return int(p.argmax())      # not in the article: it need not try the other one
+            return int(p.argmax())      # not in the article: a test need not try the other one
         frames = self.parameter_server.frames
         if frames >= EPS_STEPS:
             eps = EPS_END
@@ -273,16 +272,17 @@ class Agent:
     def advantage_push_local_brain(self, s, a, r, s_):
         """4. Remember a step, and hand the brain the samples that are complete now.
 
-        Article: 「Advantage」. The n-step return R estimates how good it was to do a in s. Its
-        rewards are summed here, R_n; the brain adds the last term:
+        Article: 「Advantage」. The n-step return R says how good it was to do a in s. s' is the
+        state n steps later.
 
-            R = r(t) + γ·r(t+1) + … + γ^(n-1)·r(t+n-1) + γ^n·V(s')       s' is n steps after s
+            R_n = r(t) + γ·r(t+1) + … + γ^(n-1)·r(t+n-1)       summed here
+            R   = R_n + γ^n·V(s')                              in LocalBrain.update_parameter_server
 
-        (The article prints γ·r(t) where γ·r(t+1) is meant. Its code updates one sum from step to
-        step; here each sum is made anew.) For most steps R is γ^n·V(s'), as their rewards are 0. At
-        the end of the episode (終端, s_ is None) nothing follows, so the last n steps have only the
-        sum of the rewards that are left: after a fall -1 for the last step, -γ for the step before
-        it, … -γ^(n-1). With n = 5 and T_MAX = 10, in an episode of 23 steps:
+        (Where the article prints γ·r(t), read γ·r(t+1).) During an episode all rewards are 0, so R
+        is γ^n·V(s'). At its end (終端, s_ is None) nothing follows, so the last n steps have only
+        the rewards that are left: after a fall -1 for the last step, -γ for the step before it, …
+        -γ^(n-1); if the episode reaches step 199, the same with +1. With n = 5 and T_MAX = 10, in
+        an episode of 23 steps:
 
             after step    samples of steps    still in the memory    then
             10            1 to 6              7 to 10                update, with 6 samples
@@ -290,16 +290,17 @@ class Agent:
             23            17 to 23            nothing                update, with 7 samples
 
         Why n = 5? With n = 1, each update carries the effect of a fall only one step back. With
-        n = 50, R depends on which fifty actions happened to be drawn (ばらつき), and says little
-        about the first of them. (The article's reason against a large n, an unfinished Q, is for
-        Q-learning. In A3C the later actions may be drawn with p: V(s) is the value of such play.)
+        n = 50, R depends on which fifty actions happened to be drawn, and says little about the
+        first of them. (The article's reason, an unfinished Q, is Q-learning's. The paper has no n:
+        each sample looks ahead to the last step of its batch.)
         """
         a_cats = np.zeros(NUM_ACTIONS)      # a as one-hot
         a_cats[a] = 1
         self.memory.append((s, a_cats, r))
-        # The memory never holds more than n steps. During the episode this loop runs once at most,
-        # for the oldest step; at the end it empties the memory.
+        # During the episode this loop runs once at most, for the oldest step, so that n - 1 steps
+        # wait. At the end it empties the memory.
         while len(self.memory) == N_STEP_RETURN or (s_ is None and self.memory):
+            # Each sum is made anew. (The article corrects the sum of the step before.)
             R_n = sum(GAMMA ** k * r_k for k, (_, _, r_k) in enumerate(self.memory))
             first_s, first_a, _ = self.memory.popleft()
             self.brain.train_push(first_s, first_a, R_n, s_)    # s_: n steps after first_s, or None
@@ -319,29 +320,26 @@ class ParameterServer:
                                                             gradients were computed with θ0
         copies θ2, plays          plays                     θ2
 
-    Why does thread 1 play with a copy? If it played with θ itself, other threads would change the
-    weights between two of its steps. It would draw its actions with several p, but compute the
-    gradients with the last of them, which is not quite right (in loss_total, "Why the logarithm?").
+    Why a copy? If thread 1 played with θ itself, thread 2 would change p between its steps. The
+    loss is right only if p is still the p of the draw when the gradients are computed (loss_total).
 
-    Why do old gradients do little harm? The gradients of thread 1 were computed with θ0, but they
-    change θ1: they are one update old. With eight threads they are seven updates old on average,
-    because each of the other seven threads makes about one meanwhile (the picture of the threads in
-    README.md shows how this varies). In this program seven updates change p by 0.01 on average. So
-    the gradients still point nearly the right way.
+    Why do old gradients do little harm? Those of thread 1 come from θ0 and change θ1: they are one
+    update old. With eight threads they are seven updates old on average, and p has changed little
+    meanwhile, so they still point nearly the right way.
 
-    Why a lock to update (排他制御)? Python may switch threads at any moment. If two of them made a
-    new θ from the same θ1, the one that stores its result last would erase the other's update.
-    (Neither article nor paper has a lock. There an update can be lost.)
-
-    Why no lock to copy? An update makes a new list of new arrays and does not change the old ones
-    (上書きしない). One assignment then puts the new list in place of the old one. So a thread gets
-    one list or the other, never a mixture, and as this list never changes, it serves as the copy.
+    Why several threads, and no replay memory? Successive steps of one game resemble each other, and
+    a network that learns from them alone may forget the other parts of the game. DQN therefore also
+    learns from old steps. A3C may not, because their actions were drawn with another p. So it takes
+    new steps of several games. (CartPole is so easy that one thread learns it, too. And here
+    threads bring no speed, because Python runs the code of one thread at a time.)
     """
 
-    def __init__(self, seed=None, max_episodes=20_000, learning_rate=LEARNING_RATE):
+    def __init__(self, seed=None, max_episodes=MAX_EPISODES, learning_rate=LEARNING_RATE):
         self.seed = seed
         self.max_episodes = max_episodes
         self.learning_rate = learning_rate
+        if seed is not None:
+            keras.utils.set_random_seed(seed)       # for the first weights
         self.model = self._build_model()
         # θ: kernel and bias of the hidden layer, (4, 16) and (16,), of p, (16, 2) and (2,), and of
         # V, (16, 1) and (1,). While the threads learn, `model` gives only the form of the network.
@@ -349,10 +347,10 @@ class ParameterServer:
         # RMSProp's running means of squared gradients. They start at 1, as in TensorFlow 1, so that
         # the first updates are small.
         self.mean_squares = [np.ones_like(w) for w in self.weights]
-        self.compiled_gradients = LocalBrain._build_graph(self.model)   # one for all threads
+        self.compiled_gradients = compile_gradients(self.model)     # one function for all threads
 
         self.lock = threading.Lock()
-        self.frames = 0                 # steps of all learning threads (not 試行数); paper: T
+        self.frames = 0                 # steps of all learning threads (paper: T)
         self.history = []               # an Episode for each one that was played to its end
         self.is_learned = False
         self.stop = threading.Event()   # learning is over, whatever the reason
@@ -361,10 +359,8 @@ class ParameterServer:
         """Define the network of the article's Fig. 1: s (B, 4) → p (B, 2) and V(s) (B, 1).
 
         The actor is the output p, the critic is the output V. They share the hidden layer. Softmax
-        makes p(left) + p(right) = 1.
+        makes p(left) + p(right) = 1. If you change the network, change LocalBrain.predict, too.
         """
-        if self.seed is not None:
-            keras.utils.set_random_seed(self.seed)
         l_input = keras.Input((NUM_STATES,))
         l_dense = keras.layers.Dense(16, activation="relu")(l_input)
         out_actions = keras.layers.Dense(NUM_ACTIONS, activation="softmax")(l_dense)
@@ -377,9 +373,14 @@ class ParameterServer:
         RMSProp divides the gradient of each weight by its usual size, so that after a while all
         weights take steps of about the same size.
         """
+        # Why a lock (排他制御)? Python may switch threads at any moment. If two made a new θ from
+        # the same θ1, the one that stores its result last would erase the other's update. (Article
+        # and paper have no lock, the paper on purpose, for speed.)
         with self.lock:
             if self.stop.is_set():
                 return      # learning is over: now only the winner may set θ
+            # New lists of new arrays: the old ones are not changed (上書きしない). The minus makes
+            # the loss smaller.
             self.mean_squares = [RMSPROP_DECAY * m + (1 - RMSPROP_DECAY) * g ** 2
                                  for m, g in zip(self.mean_squares, gradients)]
             self.weights = [w - self.learning_rate * g / np.sqrt(m + 1e-10)
@@ -405,8 +406,7 @@ class ParameterServer:
 class LocalBrain:
     """A thread's copy θ' of the network, and its samples. Article: 「LocalBrain」.
 
-    In the article each LocalBrain has a Keras model. Here it has only the weights of one; `predict`
-    and `gradients` compute with them.
+    In the article each LocalBrain has a Keras model. Here it has only a list of weights.
     """
 
     def __init__(self, parameter_server):
@@ -416,7 +416,9 @@ class LocalBrain:
 
     def pull_parameter_server(self):
         """1. and 9. Take the weights that the server has now: θ' ← θ."""
-        # Both now hold the same list. As it never changes, it serves as a copy.
+        # Both now hold the same list. That is as good as a copy, because an update does not change
+        # this list, but puts a new one in its place. To read a name is a single action of Python,
+        # so there is no need of a lock, and never a mixture of old and new.
         self.weights = self.parameter_server.weights
 
     def push_parameter_server(self):
@@ -424,113 +426,11 @@ class LocalBrain:
         # No lock: `record` has set `stop` under the lock, so no update follows.
         self.parameter_server.weights = self.weights
 
-    def predict_p(self, s):
-        """The probability of each action (2,) in the state s (4,)."""
-        p, _ = self.predict(s)
-        return p
-
-    def train_push(self, s, a, R_n, s_):
-        """Queue a sample. s_ is None if the episode has ended; then s_mask is 0."""
-        if s_ is None:
-            self.train_queue.append((s, a, R_n, NONE_STATE, 0.))
-        else:
-            self.train_queue.append((s, a, R_n, s_, 1.))
-
-    def update_parameter_server(self):
-        """Turn the queued samples into gradients, and hand these to the server."""
-        if len(self.train_queue) < MIN_BATCH:
-            return      # the samples wait (with n = 5 or 6 and T_MAX = 10 this does not happen)
-        # Make one array of all s, one of all a, and so on.
-        s, a, R_n, s_, s_mask = [np.array(column, np.float32) for column in zip(*self.train_queue)]
-        self.train_queue = []
-
-        # V(s') stands for all rewards after the n. After the end there are none, so s_mask is 0.
-        # (Only such samples can have fewer than n rewards, so γ^n is right for the others. The
-        # article says that R(t) is V(t). Rather, R(t) is the value towards which V(s) is moved.)
-        _, v_ = self.predict(s_)
-        R = R_n + GAMMA_N * v_ * s_mask
-
-        # 6. The thread computes the gradients, from its own samples and with its own θ'.
-        #    (compiled_gradients is the next method, `gradients`, compiled for all threads.)
-        weights = [tf.constant(w) for w in self.weights]
-        gradients = self.parameter_server.compiled_gradients(
-            weights, tf.constant(s), tf.constant(a), tf.constant(R))
-        # 7. It hands over the gradients, not its weights.
-        self.parameter_server.apply_gradients([gradient.numpy() for gradient in gradients])
-
-    @staticmethod
-    def gradients(model, weights, s, a, R):
-        """The gradients of the mean loss at the weights θ': s (B, 4), a one-hot (B, 2), R (B,).
-
-        (In the paper each step looks ahead to the last step of its batch, and the loss is a sum.)
-        """
-        with tf.GradientTape() as tape:     # records what is computed, to find its gradients
-            tape.watch(weights)
-            # Run the model with θ' instead of its own weights. ([] and _ would hold variables that
-            # are not trained. This model has none.)
-            (p, v), _ = model.stateless_call(weights, [], s)
-            loss = tf.reduce_mean(LocalBrain.loss_total(p, v[:, 0], a, R))
-        return tape.gradient(loss, weights)
-
-    @staticmethod
-    def loss_total(p, v, a, R):
-        """The loss of each sample (B,): p (B, 2), V(s) (B,), a as one-hot (B, 2), R (B,).
-
-        Article: 「Actor-Critic」. Paper: section 4, "Asynchronous advantage actor-critic".
-
-        The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage.
-        Suppose the cart was pushed to the right and the critic expected V = 0.1. If R = -0.9, the
-        advantage is -1, and this push becomes less probable. If R = 0.4, the advantage is 0.3, and
-        it becomes a little more probable. An optimizer makes a loss small: hence the minus.
-
-        Why not R itself? Suppose both actions have p = 0.5, and R is -0.5 after the better one and
-        -0.9 after the worse one. With R, each draw makes its action less probable, even the better
-        one. Only over many draws does the worse one lose more: right on average, but slow and
-        noisy. With V(s) = -0.7, their mean, the advantages are 0.2 and -0.2, so each draw moves p
-        the right way.
-
-        Why the logarithm? An action with p = 0.1 is drawn only once in ten times. To make up for
-        this, each draw must count ten times. Otherwise an action would gain only because it is
-        drawn often. The logarithm does this, because the slope of log p is 1/p times the slope of
-        p. But it must be the p of the draw. If p was 0.1 then and is 0.9 now, the draw counts only
-        1/0.9 = 1.1 times. So a thread plays with a copy, and A3C has no replay memory. (There are
-        two exceptions: the steps that wait in the agent's memory during an update become samples
-        when θ' is newer; and the random actions of ε.)
-
-        Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this
-        loss, -log p·(R - V(s)), would train V(s), too: the larger V(s), the smaller the loss, as
-        -log p is never negative. So V(s) would rise above R.
-
-        The critic: loss_value moves V(s) towards R. (R is a constant: V(s') is not moved by it.)
-
-        The entropy -Σ p·log p is large if both actions are about equally probable. Its negative, as
-        a loss, keeps p from becoming 0 or 1 too early (エントロピー項).
-        """
-        log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)   # of the action that was done
-        advantage = R - v
-        loss_policy = -log_prob * tf.stop_gradient(advantage)
-        loss_value = LOSS_V * tf.square(advantage)
-        minus_entropy = tf.reduce_sum(p * tf.math.log(p + 1e-10), axis=1)
-        loss_entropy = LOSS_ENTROPY * minus_entropy
-        return loss_policy + loss_value + loss_entropy
-
-    # The next two methods do what the Keras model could do, too, only faster.
-
-    @staticmethod
-    def _build_graph(model):
-        """Compile `gradients` for this model, once for all threads: ten times as fast."""
-        weights = [tf.TensorSpec(w.shape) for w in model.get_weights()]
-        s = tf.TensorSpec([None, NUM_STATES])       # None stands for a batch of any size
-        a = tf.TensorSpec([None, NUM_ACTIONS])
-        R = tf.TensorSpec([None])
-        function = functools.partial(LocalBrain.gradients, model)
-        return tf.function(function).get_concrete_function(weights, s, a, R)
-
     def predict(self, s):
-        """Compute p (2,) and V(s) for one state (4,), or p (B, 2) and V(s) (B,) for several (B, 4).
+        """Compute p (2,) and V(s) of one state (4,), or p (B, 2) and V(s) (B,) of a batch (B, 4).
 
-        model(s) of Keras computes the same, but for one state this is more than 100 times as fast.
-        If you change one, change the other; the program checks at the start that they agree.
+        The Keras model computes the same, but for one state this is more than 100 times as fast.
+        The program checks at its start that they agree.
         """
         kernel, bias, p_kernel, p_bias, v_kernel, v_bias = self.weights
         hidden = np.maximum(s @ kernel + bias, 0)                   # relu
@@ -540,38 +440,135 @@ class LocalBrain:
         v = hidden @ v_kernel + v_bias
         return p, v[..., 0]
 
+    def predict_p(self, s):
+        """The probability of each action (2,) in the state s (4,)."""
+        p, _ = self.predict(s)
+        return p
 
-# == Not needed to understand A3C: options, progress, files ========================================
+    def train_push(self, s, a, R_n, s_):
+        """Queue a sample. After the end there is no s_ (None): its place is filled, s_mask is 0."""
+        if s_ is None:
+            self.train_queue.append((s, a, R_n, NONE_STATE, 0.))
+        else:
+            self.train_queue.append((s, a, R_n, s_, 1.))
 
-Episode = collections.namedtuple("Episode", "thread episode steps mean_of_last_10 total_steps")
+    def update_parameter_server(self):
+        """6. and 7. Turn the queued samples into gradients, and hand these to the server."""
+        if len(self.train_queue) < MIN_BATCH:
+            return      # the samples wait (with n = 5 and T_MAX = 10 this does not happen)
+        # Make one array of all s, one of all a, and so on.
+        s, a, R_n, s_, s_mask = [np.array(column, np.float32) for column in zip(*self.train_queue)]
+        self.train_queue = []
+
+        # R = R_n + γ^n·V(s'), with θ', too. s_mask removes V(s') after the end. (Only there has a
+        # sample fewer than n rewards, so γ^n is right for the others. The article says that R(t) is
+        # V(t). Rather, R(t) is the value towards which V(s) is moved.)
+        _, v_ = self.predict(s_)
+        R = R_n + GAMMA_N * v_ * s_mask
+
+        # 6. The thread computes the gradients, from its own samples and with its own θ'. (This is
+        #    loss_gradients, below, which the server has compiled for all threads.)
+        weights = [tf.constant(w) for w in self.weights]
+        gradients = self.parameter_server.compiled_gradients(
+            weights, tf.constant(s), tf.constant(a), tf.constant(R))
+        # 7. It hands over the gradients, not its weights.
+        self.parameter_server.apply_gradients([gradient.numpy() for gradient in gradients])
+
+
+def loss_gradients(model, weights, s, a, R):
+    """6. The gradients of the mean loss at the weights θ': s (B, 4), a one-hot (B, 2), R (B,)."""
+    with tf.GradientTape() as tape:     # records what is computed, to find its gradients
+        tape.watch(weights)             # with respect to these
+        # Run the model with θ' instead of its own weights. ([] and _ would hold variables that are
+        # not trained. This model has none.)
+        (p, v), _ = model.stateless_call(weights, [], s)
+        loss = tf.reduce_mean(loss_total(p, v[:, 0], a, R))
+    return tape.gradient(loss, weights)
+
+
+def loss_total(p, v, a, R):
+    """The loss of each sample (B,): p (B, 2), V(s) (B,), a as one-hot (B, 2), R (B,).
+
+    Article: 「Actor-Critic」, and the method `_build_graph` of its LocalBrain. Paper: section 4. A
+    loss is made small, so what is to become large stands with a minus.
+    """
+    # How much better did the action turn out than the critic expected? In the episode of 23 steps,
+    # step 20 has R = -γ^3 = -0.97. If V(s) is -0.6, its advantage is -0.37.
+    #
+    # Why not R itself? Suppose R is -0.5 after the better action and -0.9 after the worse one. With
+    # R, each draw would make its action less probable, even the better one. Only over many draws
+    # would the worse one lose more. With V(s) = -0.7 the advantages are 0.2 and -0.2: each draw
+    # helps.
+    advantage = R - v
+
+    # The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage. For
+    # step 20 the loss is 0.37·log p. To make it smaller is to make p smaller: the action becomes
+    # less probable. With V(s) = -0.99 it would be -0.02·log p, and p would hardly change.
+    #
+    # Why the logarithm? An action with p = 0.1 is drawn only once in ten times. To make up for
+    # this, each draw must count ten times: the slope of log p is 1/p times the slope of p. But p
+    # must be the p of the draw. If it was 0.1 then and is 0.9 now, the draw counts only 1/0.9 = 1.1
+    # times. So a thread plays with a copy, and there is no replay memory. (Not exact: ε's random
+    # actions in the first EPS_STEPS steps; and the n - 1 steps that wait while θ' is renewed.)
+    #
+    # Why stop_gradient? Here the advantage must be a constant (定数として扱う). Otherwise this loss
+    # would train V(s), too: -log p is never negative, so the larger V(s), the smaller the loss, and
+    # V(s) would be pulled above R.
+    log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)    # of the action that was done
+    loss_policy = -log_prob * tf.stop_gradient(advantage)
+
+    # The critic: move V(s) towards R. (R is a constant, and V(s') in it is not moved.) As both
+    # outputs share the hidden layer, critic and actor train it together.
+    loss_value = LOSS_V * tf.square(advantage)
+
+    # The entropy -Σ p·log p is large if both actions are about equally probable. Its negative, as a
+    # loss, keeps p from becoming 0 or 1 too early (エントロピー項).
+    minus_entropy = tf.reduce_sum(p * tf.math.log(p + 1e-10), axis=1)
+    loss_entropy = LOSS_ENTROPY * minus_entropy
+
+    return loss_policy + loss_value + loss_entropy
+
+
+# == Not needed to understand A3C: options, speed, progress, files =================================
+
+# A line of history.csv. `total_steps` are those of all workers so far.
+Episode = collections.namedtuple("Episode", "worker episode steps mean_of_last_10 total_steps")
 
 
 def read_options(argv):
-    """Read the command line. A bad option ends the program with exit status 2."""
-    parser = argparse.ArgumentParser(description="Learn CartPole with A3C, then film it.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    has_screen = (sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ
-                  or "WAYLAND_DISPLAY" in os.environ)
+    """Read the command line. See parse_options."""
+    parser = make_parser("Learn CartPole with A3C, then film it.", "A3C", MAX_EPISODES)
     parser.add_argument("--env", default=ENV, choices=["CartPole-v0", "CartPole-v1"],
                         help="episodes of at most 200 or 500 steps")
     parser.add_argument("--workers", default=N_WORKERS, type=positive_number,
                         help="learning threads")
+    return parse_options(parser, argv)
+
+
+def make_parser(description, folder, max_episodes):
+    """Make a parser with the options that the programs in companions/ have, too."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    has_screen = (sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ
+                  or "WAYLAND_DISPLAY" in os.environ)
     parser.add_argument("--seed", type=whole_number, help="repeats a run if there is one worker")
-    parser.add_argument("--max-episodes", default=20_000, type=positive_number,
-                        help="give up after this number of episodes, of all threads together")
+    parser.add_argument("--max-episodes", default=max_episodes, type=positive_number,
+                        help="give up after this number of episodes, of all workers together")
     parser.add_argument("--test-episodes", default=10, type=whole_number, help="0: no test")
     parser.add_argument("--render", action=argparse.BooleanOptionalAction, default=has_screen,
                         help="show the test in a window")
-    parser.add_argument("--out", default=Path("movie/A3C"), type=Path, help="where the files go")
+    parser.add_argument("--out", default=Path("movie", folder), type=Path,
+                        help="where the files go")
     parser.add_argument("--play", type=Path, metavar="WEIGHTS", help="test these, do not learn")
+    return parser
+
+
+def parse_options(parser, argv):
+    """Read the command line, make the folder --out, and silence gym's notice on CartPole-v0.
+
+    A bad option ends the program with exit status 2.
+    """
     args = parser.parse_args(argv)
-    check_files(parser, args)
-    gym.logger.min_level = gym.logger.ERROR     # do not say that CartPole-v0 is old
-    return args
-
-
-def check_files(parser, args):
-    """End the program with exit status 2 if --play or --out cannot be used."""
     if args.play and not (args.play.is_file() and args.play.name.endswith(".weights.h5")):
         parser.error(f"argument --play: {args.play} is not a file whose name ends in .weights.h5")
     try:
@@ -579,29 +576,41 @@ def check_files(parser, args):
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         parser.error(f"argument --out: cannot write there: {error}")
+    gym.logger.min_level = gym.logger.ERROR
+    return args
 
 
-def whole_number(text):
-    """Read a whole number from 0 to 2^32 - 1."""
-    if not text.isdecimal() or int(text) >= 2 ** 32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^32 - 1")
+def whole_number(text, least=0):
+    """Read a whole number from `least` to 2^32 - 1."""
+    if not text.isdecimal() or not least <= int(text) < 2 ** 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 2^32 - 1")
     return int(text)
 
 
-def positive_number(text):
-    """Read a whole number above 0."""
-    if whole_number(text) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
+positive_number = functools.partial(whole_number, least=1)
 
 
-def check_predict(server):
+def compile_gradients(model):
+    """Compile loss_gradients for this model: it is then ten times as fast.
+
+    (So `print` in it shows no numbers; tf.print does.)
+    """
+    weights = [tf.TensorSpec(w.shape) for w in model.get_weights()]
+    s = tf.TensorSpec([None, NUM_STATES])       # None stands for a batch of any size
+    a = tf.TensorSpec([None, NUM_ACTIONS])
+    R = tf.TensorSpec([None])
+    # autograph=False: it would read this file again, which may have been edited meanwhile.
+    function = tf.function(functools.partial(loss_gradients, model), autograph=False)
+    return function.get_concrete_function(weights, s, a, R)
+
+
+def check_predict(parameter_server):
     """End the program if LocalBrain.predict and ParameterServer._build_model disagree."""
     rng = np.random.default_rng(0)
-    brain = LocalBrain(server)
-    brain.weights = [rng.normal(size=w.shape).astype(np.float32) for w in server.weights]
+    brain = LocalBrain(parameter_server)
+    brain.weights = [rng.normal(size=w.shape).astype(np.float32) for w in brain.weights]
     s = rng.normal(size=(8, NUM_STATES)).astype(np.float32)
-    (p, v), _ = server.model.stateless_call(brain.weights, [], s)
+    (p, v), _ = parameter_server.model.stateless_call(brain.weights, [], s)
     try:
         p_too, v_too = brain.predict(s)
         agree = np.allclose(p, p_too, atol=1e-4) and np.allclose(v[:, 0], v_too, atol=1e-4)
@@ -618,52 +627,80 @@ def one_core():
 
     The interpreter runs one thread at a time, and to wake a thread on another core takes longer.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    cores = os.sched_getaffinity(0)
-    core = random.SystemRandom().choice(list(cores))    # so that two runs seldom choose the same
-    os.sched_setaffinity(0, {core})
+    try:
+        cores = os.sched_getaffinity(0)
+        core = random.SystemRandom().choice(list(cores))    # so that two runs seldom share one
+        os.sched_setaffinity(0, {core})
+    except (AttributeError, OSError):       # another system, or not allowed
+        cores = None
     try:
         yield
     finally:
-        os.sched_setaffinity(0, cores)
+        if cores:
+            os.sched_setaffinity(0, cores)
 
 
-def show_progress(server, workers):
+@contextlib.contextmanager
+def handle_signals(handler, *numbers):
+    """Let `handler` handle these signals in this `with`. (Only the main thread can do so.)"""
+    before = {}
+    with contextlib.suppress(ValueError):
+        for number in numbers:
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old_handler in before.items():
+            signal.signal(number, old_handler)
+
+
+def uninterrupted():
+    """Ignore Ctrl-C and SIGTERM in this `with`."""
+    return handle_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM)
+
+
+def say(line):
+    """Print a line at once, in one piece. If nobody reads any more (`| head`), go on without."""
+    try:
+        print(line + "\n", end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def show_progress(parameter_server, workers):
     """Show the mean of each worker's last ten episodes until learning is over.
 
     In a terminal as bars, elsewhere as lines. Before a worker's tenth episode this mean still
     contains zeros, as in the article.
     """
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}")
-    with Progress(*columns, disable=not sys.stdout.isatty()) as bars:
+    with Progress(*columns, disable=not rich.get_console().is_interactive) as bars:
         tasks = [bars.add_task(w.name, total=w.environment.max_steps) for w in workers]
         shown = 0
         is_over = False
         while not is_over:
-            is_over = server.stop.wait(.1)      # without a timeout, Windows ignores Ctrl-C
+            is_over = parameter_server.stop.wait(.1)    # without a timeout, Windows ignores Ctrl-C
             for task, worker in zip(tasks, workers):
                 bars.update(task, completed=worker.environment.total_reward_vec.mean())
             if bars.disable:
-                for e in server.history[shown:]:
-                    print(f"{e.thread}  episode {e.episode}  steps {e.steps}"
-                          f"  mean of last 10 {e.mean_of_last_10:.1f}\n",
-                          end="", flush=True)       # in one piece, which Ctrl-C cannot cut
+                for e in parameter_server.history[shown:]:
+                    say(f"{e.worker}  episode {e.episode}  steps {e.steps}"
+                        f"  mean of last 10 {e.mean_of_last_10:.1f}")
                     shown += 1
 
 
-def keep_results(server, seconds, args):
+def keep_results(parameter_server, workers, seconds, out):
     """Save weights and history, and say how it went."""
-    name = "A3C.weights.h5" if server.is_learned else "A3C.unfinished.weights.h5"
-    server.model.set_weights(server.weights)
-    server.model.save_weights(args.out / name)
-    with open(args.out / "history.csv", "w", newline="") as file:
-        csv.writer(file).writerows([Episode._fields, *server.history])
-    outcome = "learned" if server.is_learned else "not learned"
-    print(f"{outcome} in {seconds:.1f} s: {server.frames} steps, {len(server.history)} episodes,"
-          f" {args.workers} workers, {server.frames / seconds:.0f} steps/s", flush=True)
-    print(f"weights and history are in {args.out}")
+    history = parameter_server.history
+    name = "A3C.weights.h5" if parameter_server.is_learned else "A3C.unfinished.weights.h5"
+    parameter_server.model.set_weights(parameter_server.weights)
+    parameter_server.model.save_weights(out / name)
+    with open(out / "history.csv", "w", newline="") as file:
+        csv.writer(file).writerows([Episode._fields, *history])
+    outcome = "learned" if parameter_server.is_learned else "not learned"
+    say(f"{outcome} in {seconds:.1f} s: {parameter_server.frames} steps, {len(history)} episodes,"
+        f" {len(workers)} workers, {parameter_server.frames / seconds:.0f} steps/s")
+    say(f"weights and history are in {out}")
 
 
 def load_weights(model, path):
@@ -679,30 +716,50 @@ def load_weights(model, path):
     return model.get_weights()
 
 
-def test(environment, args):
-    """Play test episodes. Film the first, the second and the ninth, which is gym's own choice."""
+def test(parameter_server, args):
+    """Play test episodes. This runs in the main thread, as macOS opens windows in no other."""
+    env = gym.make(args.env, render_mode="rgb_array")
+    with contextlib.closing(film(env, "A3C", args)) as env:
+        environment = Environment("test_thread", "test", parameter_server, args.env, env)
+        play_test(environment.run, args.test_episodes)
+
+
+def film(env, name, args):
+    """Film the first, second and ninth episode (gym's own choice); --render shows all of them."""
+    env.reset(seed=args.seed)                           # seeds all later resets, too
     os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"    # Mesa's LLVM and TensorFlow's may clash
     if not args.render:
         os.environ["SDL_VIDEODRIVER"] = "dummy"         # draw without a screen
-    environment.env = gym.wrappers.RecordVideo(environment.env, str(args.out), name_prefix="A3C")
+    env = gym.wrappers.RecordVideo(env, str(args.out), name_prefix=name)
     if args.render:
-        environment.env = gym.wrappers.HumanRendering(environment.env)
+        env = gym.wrappers.HumanRendering(env)
+    return env
+
+
+def play_test(run_episode, episodes):
+    """Play episodes by run_episode, which returns their number of steps, and say how it went."""
     steps = []
-    with contextlib.closing(environment.env):
-        for episode in range(args.test_episodes):
-            steps.append(environment.run())
-            print(f"test  episode {episode + 1}  steps {steps[-1]}", flush=True)
+    for episode in range(episodes):
+        steps.append(run_episode())
+        say(f"test  episode {episode + 1}  steps {steps[-1]}")
     if steps:
-        print(f"test: mean of {len(steps)} episodes {np.mean(steps):.1f} steps")
+        say(f"test: mean of {len(steps)} episodes {np.mean(steps):.1f} steps")
+
+
+def run_program(main):
+    """Call `main` and end with the exit status it returns; with 130 after Ctrl-C and SIGTERM."""
+    with contextlib.suppress(AttributeError):   # (not every console has this method)
+        sys.stdout.reconfigure(errors="backslashreplace")   # for a path that stdout cannot show
+    with handle_signals(signal.default_int_handler, signal.SIGTERM):    # SIGTERM is like Ctrl-C
+        try:
+            status = main()
+        except KeyboardInterrupt:
+            status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # like Ctrl-C
-    sys.stdout.reconfigure(errors="backslashreplace")   # for a path that stdout cannot show
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)
 
 # For `uv run`:
 # /// script

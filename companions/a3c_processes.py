@@ -4,74 +4,39 @@ Python runs the threads of a program one at a time, so those of a3c_cartpole.py 
 Processes run at the same time, but each has a memory of its own. So here the weights θ of the
 network lie in memory that all processes share, and each process changes θ without a lock.
 
-    python -m companions.a3c_processes      # learns within seconds; films: movie/a3c_processes
+    python companions/a3c_processes.py      # learns within seconds; films: movie/a3c_processes
 
-This is the program of rarilurelo's post 「PyTorchでA3C」 (blog rarilureloの日記, 2017). Its
-repository is https://github.com/rarilurelo/pytorch_a3c; what is said of it here is about commit
-c36074b, of the day of the post. Read a3c_cartpole.py first: it explains actor, critic and
-advantage. (Other than there, each step looks ahead to the end of its rollout, not n = 5 steps, the
-loss is a sum, not a mean, and there is no ε.) Then look at `train`, the loop of each process, and
-at the places where it meets the others: Policy.sync reads θ, AsyncRMSprop.step changes θ and the
-mean squares, and `global_t += 1` counts the steps of all. `learn` makes the shared memory and
-starts the processes.
+This is the program of rarilurelo's post 「PyTorchでA3C」 (blog rarilureloの日記, 2017) with its
+repository of the same day, https://github.com/rarilurelo/pytorch_a3c/tree/c36074b. Read
+a3c_cartpole.py first: it explains actor, critic and advantage. Then look at these places:
+
+    what all processes share                        share_memory, and the first lines of `learn`
+    the loop of each process                        train
+    how a process copies θ                          Policy.sync
+    how it changes θ for all, without a lock        AsyncRMSprop.step
 
 Symbols: θ the shared weights; θ' a process's copy; p the probability of each action; V(s) what the
 critic expects of the state s. A rollout is the steps that a process plays with one copy; T is their
-number. Weights are lists of eight arrays: kernel and bias of fc1, fc2, p and v.
-
-What differs from the post, and is needed to read the code:
-- The post is about PyTorch's share_memory. All programs here use one framework, Keras, so this one
-  shares memory in the older way that the post describes first, RawArray and frombuffer. (The post
-  finds it troublesome, 面倒. Here it is three lines in `learn`, and map_memory.)
-- A process plays in NumPy, and TensorFlow computes the gradients from the states afterwards. The
-  post keeps what PyTorch computed during the rollout.
-- The policy loss is a formula with log p, which the post mentions as the other way. It calls
-  `reinforce`, which PyTorch removed in 2017.
-Slips, corrected here:
-- In the repository each process makes RMSProp's mean squares for itself, so they are not shared.
-  (The author corrected this a month later.)
-- In the repository all processes draw the same random numbers, because each is a copy of one.
-- An update after the last step has a negative learning rate.
-- The list `observations` holds the states after the actions, and nothing reads it.
-Kept, though it is doubtful: returns are normalised (see compute_returns). The author took this out
-later.
-Added: the run ends when the last ten episodes of a process have a mean above 199 steps, when a
-process has failed, or after --max-episodes. The post saves θ' of its first process; `learn` says
-what is kept here. The test always takes the more probable action; that of the repository draws one.
+number. Unlike in a3c_cartpole.py, and as in the paper, each step looks ahead to the end of its
+rollout, and the loss is a sum. companions/README.md lists what differs from the post.
 """
-# ruff: noqa: E402  (quick_start is called before the imports that take seconds)
 import collections
-import functools
 import multiprocessing as mp
+import os
+import queue
 import random
 import signal
 import sys
-import time
-import traceback
-from multiprocessing import connection
 
-
-def quick_start():
-    """Start a server that imports TensorFlow now, while this process imports it, too.
-
-    Each process that learns is a copy of that server, so it need not import TensorFlow again. This
-    is Python's start method "forkserver". Return the start method. A second call changes nothing.
-    """
-    if sys.platform != "linux":
-        return "spawn"      # each process is a new Python
+# A quick start: on Linux each process is a copy of a server that imports TensorFlow now, while this
+# process imports it, too.
+if __name__ == "__main__" and sys.platform == "linux":
     from multiprocessing import forkserver
-    forkserver.set_forkserver_preload(["companions.common"])
-    try:
-        forkserver.ensure_running()
-    except OSError:         # it needs a socket in TMPDIR, whose path may have 107 bytes
-        return "spawn"
-    return "forkserver"
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)    # before Python 3.12 the server needs it
+    forkserver.set_forkserver_preload(["common"])
+    forkserver.ensure_running()
 
-
-if __name__ == "__main__":
-    quick_start()
-
-from companions import common
+import common
 
 import gymnasium as gym
 import keras
@@ -82,13 +47,12 @@ NAME = "a3c_processes"
 
 # -- the game
 ENV = "CartPole-v0"
-LIMIT = 200             # steps of an episode, at most
 NUM_ACTIONS = 2
 DIM_OBS = 4             # numbers in one frame
 
 # -- constants: FRAME_NUM and GAMMA as in the post, the others as in its repository
 NUM_PROCESS = 8
-FRAME_NUM = 4           # frames that the network sees together
+FRAME_NUM = 4           # frames that the network sees together. (One would do: it has velocities.)
 LOCAL_T_MAX = 50        # steps of a rollout, at most
 GAMMA = .99             # γ: a reward k steps ahead counts γ^k
 V_LOSS_COEFF = .5       # coefficient of the value loss
@@ -106,24 +70,23 @@ class Policy:
     The actor is the output p, the critic is the output v. They share two hidden layers.
     """
 
-    def __init__(self, num_actions, dim_obs, frame_num=FRAME_NUM):
-        l_input = keras.Input((dim_obs * frame_num,))
+    def __init__(self):
+        l_input = keras.Input((DIM_OBS * FRAME_NUM,))
         fc1 = self.linear(l_input, 128, "relu")
         fc2 = self.linear(fc1, 128, "relu")
-        p = self.linear(fc2, num_actions, "softmax")
+        p = self.linear(fc2, NUM_ACTIONS, "softmax")
         v = self.linear(fc2, 1, "linear")
         self.model = keras.Model(l_input, [p, v], name=NAME)
-        self.sync(self.model.get_weights())
+        self.weights = self.model.get_weights()         # eight arrays: kernel and bias of each
+        self.numpy_forward = common.numpy_forward(self.model)
 
     @staticmethod
     def linear(x, size, activation):
         """Add a layer with the first weights of PyTorch's `Linear`: uniform, ±1/√n for n inputs."""
         bound = x.shape[-1] ** -.5
-        uniform = keras.initializers.RandomUniform
-        layer = keras.layers.Dense(size, activation,
-                                   kernel_initializer=uniform(-bound, bound),
-                                   bias_initializer=uniform(-bound, bound))
-        return layer(x)
+        uniform = keras.initializers.RandomUniform(-bound, bound)
+        return keras.layers.Dense(size, activation, kernel_initializer=uniform,
+                                  bias_initializer=uniform)(x)
 
     def sync(self, global_weights):
         """Copy the shared weights: θ' ← θ. Post: `sync`.
@@ -134,28 +97,19 @@ class Policy:
         self.weights = [w.copy() for w in global_weights]
 
     def forward(self, x):
-        """Compute p (2,) and V, a number, for one state x (16,). Post: `forward`.
-
-        Keras' model computes the same, but for one state NumPy is 100 times as fast. Both must be
-        changed together; the program checks at the start that they agree.
-        """
-        fc1, fc1_bias, fc2, fc2_bias, p_kernel, p_bias, v_kernel, v_bias = self.weights
-        x = np.maximum(x @ fc1 + fc1_bias, 0)       # relu
-        x = np.maximum(x @ fc2 + fc2_bias, 0)
-        z = x @ p_kernel + p_bias
-        exp_z = np.exp(z - z.max())                 # - max: it cannot overflow
-        policy = exp_z / exp_z.sum()                # softmax
-        value = x @ v_kernel + v_bias
+        """Compute p (2,) and V, a number, for one state x (16,). Post: `forward`."""
+        policy, value = self.numpy_forward(self.weights, x)
         return policy, value[0]
 
 
-def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, global_t, messages):
+def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, global_t, episodes):
     """Learn until all processes together have made EPOCH steps. Post: `train`.
 
     `global_weights` is θ, and `global_t` (1,) counts the steps. Both are arrays in shared memory.
     Usually the program ends all processes much earlier, because one of them has learned.
     """
-    o = env.reset()
+    name = mp.current_process().name
+    o, _ = env.reset()
     sum_rewards = 0
     while global_t[0] < EPOCH:
         # 1. Copy the shared weights: θ' ← θ.
@@ -173,12 +127,12 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
             a = rng.choices(range(NUM_ACTIONS), p.tolist())[0]
             observations.append(o)
             actions.append(a)
-            o, r, done = env.step(a)
+            o, r, terminated, truncated, _ = env.step(a)
             rewards.append(r)
             sum_rewards += r
-            if done:
-                o = env.reset()
-                messages.send(("episode", int(sum_rewards)))    # the post prints some
+            if terminated or truncated:
+                o, _ = env.reset()
+                episodes.put((name, int(sum_rewards)))
                 sum_rewards = 0
                 break
         else:
@@ -203,10 +157,9 @@ def compute_returns(rewards, R):
     """Sum the discounted rewards after each step (T,), and normalise as the post does.
 
     R stands for the rewards after the last step. Normalised returns have a mean of 0 and a standard
-    deviation near 1, so V learns how a return compares with the others of its rollout. But each
-    reward of CartPole is 1. So the last step of a rollout always has the smallest return, even if
-    the pole stands well, and R matters little: normalised, the returns are almost the same for all
-    R below 100. (A single return is left as it is. ddof=1: as in PyTorch.)
+    deviation near 1, so V learns how a return compares with the others of its rollout. But then R,
+    a V, is added to rewards that are not normalised. It hardly stands for the later ones, and the
+    end of a rollout looks like a fall. (The author took this out later.)
     """
     returns = []
     for r in rewards[::-1]:
@@ -224,18 +177,14 @@ def compile_gradients(model):
     def gradients(weights, observations, actions, returns):
         with tf.GradientTape() as tape:     # records what is computed, to find its gradients
             tape.watch(weights)
-            # The model with these weights. ([] and _ are for other state, which it has not.)
+            # The model with these weights. ([] and _ are for other state, which it lacks.)
             (p, v), _ = model.stateless_call(weights, [], observations)
             loss = compute_loss(p, v[:, 0], actions, returns)
         return tape.gradient(loss, weights)
 
-    weights = [tf.TensorSpec(w.shape) for w in model.get_weights()]
-    observations = tf.TensorSpec(model.input_shape)     # (None, 16): None stands for any T
-    actions = tf.TensorSpec([None], tf.int32)
-    returns = tf.TensorSpec([None])
-    # autograph=False: there is no `if` and no loop that must be translated.
-    function = tf.function(gradients, autograph=False)
-    return function.get_concrete_function(weights, observations, actions, returns)
+    return tf.function(gradients, autograph=False).get_concrete_function(
+        [tf.TensorSpec(w.shape) for w in model.get_weights()],
+        tf.TensorSpec(model.input_shape), tf.TensorSpec([None], tf.int32), tf.TensorSpec([None]))
 
 
 def compute_loss(p, v, actions, returns):
@@ -243,7 +192,7 @@ def compute_loss(p, v, actions, returns):
     advantage = returns - v     # how much better it went than the critic expected
 
     # The actor: make actions with a positive advantage more probable, others less. The advantage
-    # is a constant here. Post: `a.reinforce(r - v.data)`.
+    # is a constant here. Post: `a.reinforce(r - v.data)`, which PyTorch removed in 2017.
     p_action = tf.gather(p, actions, axis=1, batch_dims=1)      # p of the action that was chosen
     log_prob = tf.math.log(p_action + 1e-10)
     policy_loss = -tf.reduce_sum(log_prob * tf.stop_gradient(advantage))
@@ -272,8 +221,7 @@ class AsyncRMSprop:
         below EPS the divisor is about EPS, and small gradients make small changes.
 
         No lock: `-=` reads a weight, subtracts, and writes. If two processes do so at the same
-        moment, one of the two changes is lost. Measured on two cores, this happens to less than one
-        change in 100 000; with more cores it happens more often.
+        moment, one of the two changes is lost. That is rare, and does little harm.
         """
         for w, m, g in zip(self.global_weights, self.mean_squares, gradients):
             m *= ALPHA
@@ -281,192 +229,117 @@ class AsyncRMSprop:
             w -= lr * g / (np.sqrt(m) + EPS)
 
 
-class StackEnv:
-    """Shows the last few frames as one observation. Repository: `StackEnv`.
+def share_memory(memory, policy):
+    """Show RawArrays as NumPy arrays, without a copy: what one process writes, all others read.
 
-    In other games this lets the network see movement. (A frame of CartPole contains velocities.)
+    PyTorch does this by `share_memory`. The post describes this older way first.
     """
-
-    def __init__(self, env, frame_num=FRAME_NUM):
-        self.env = env
-        self.frames = collections.deque(maxlen=frame_num)   # each (4,), the oldest first
-
-    def reset(self):
-        """Start an episode; return the first observation (16,), the same frame four times."""
-        frame, _ = self.env.reset()
-        self.frames.extend([frame] * self.frames.maxlen)
-        return np.concatenate(self.frames)
-
-    def step(self, action):
-        """Do an action; return the observation, the reward, and whether the episode has ended.
-
-        The time limit counts as an end, as in the post.
-        """
-        frame, reward, terminated, truncated, _ = self.env.step(action)
-        self.frames.append(frame)
-        return np.concatenate(self.frames), reward, terminated or truncated
+    return [np.frombuffer(m, np.float32).reshape(w.shape) for m, w in zip(memory, policy.weights)]
 
 
-def learn(policy, args):
-    """Let processes learn, and keep the results. Return True if one has learned.
-
-    `policy` gives the first weights. Afterwards it has those to keep. If a process has learned: the
-    mean of θ over its last ten episodes. If none has: θ at the last episode reported.
-    """
+def learn(policy, num_process, seed, run):
+    """Let processes learn until one has learned, or one has failed. `policy` gives the first θ."""
     # The memory that all processes share: θ, RMSProp's mean squares (from 0), the count of steps.
     shared_weights = [mp.RawArray("f", w.ravel()) for w in policy.weights]
     shared_squares = [mp.RawArray("f", w.size) for w in policy.weights]
     shared_t = mp.RawArray("q", 1)
-    global_weights = map_memory(shared_weights, policy)
+    global_weights = share_memory(shared_weights, policy)
 
-    names = [f"process_{rank}" for rank in range(args.num_process)]
-    run = common.Run(f"A3C on {ENV}, {args.num_process} processes", LIMIT, args.out, names)
-    context = mp.get_context(quick_start())
-    pipes = {}      # {process: the pipe with its messages}
+    context = mp.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    episodes = context.Queue()          # of all processes: name and steps
+    processes = [context.Process(target=run_process, name=f"process_{rank}", daemon=True, args=(
+        seed, shared_weights, shared_squares, shared_t, episodes)) for rank in range(num_process)]
     try:
-        with run:
-            for name in names:
-                messages, sender = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=run_process, name=name, daemon=True,
-                    args=(name, args.seed, shared_weights, shared_squares, shared_t, sender))
-                process.start()         # from here on run_process goes on by itself
-                sender.close()          # the process has its own
-                pipes[process] = messages
-            follow(pipes, global_weights, shared_t, policy, run, args.max_episodes)
+        for process in processes:
+            process.start()             # from here on run_process goes on by itself
+        for name, steps in receive(episodes, processes):
+            if steps is None:
+                run.start_clock()       # the process is ready: starting does not count
+                continue
+            run.steps = shared_t[0]
+            policy.sync(global_weights)         # θ as it is now, a little after the episode
+            if run.finish_episode(name, steps, policy.weights):
+                break
     finally:
-        for process in pipes:
+        for process in mp.active_children():
             process.kill()              # it has no files to put in order
-        for process in pipes:
             process.join()
-        policy.model.set_weights(policy.weights)
-        run.keep({NAME: policy.model})
-    return run.is_learned
 
 
-def run_process(name, seed, shared_weights, shared_squares, shared_t, messages):
-    """Do what one process does: make what belongs to it alone, map the shared memory, and train."""
+def receive(episodes, processes):
+    """Yield each episode, until EPOCH steps are made. If a process fails, the run ends."""
+    while True:
+        for process in processes:
+            if process.exitcode:        # None while it runs, 0 after EPOCH steps
+                sys.exit(f"error: {process.name} ended with {process.exitcode}")
+        try:
+            yield episodes.get(timeout=.5)
+        except queue.Empty:
+            if all(process.exitcode == 0 for process in processes):
+                return
+
+
+def run_process(seed, shared_weights, shared_squares, shared_t, episodes):
+    """Do what one process does: make what belongs to it alone, and train."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # the main process obeys Ctrl-C, and ends this
-    gym.logger.min_level = gym.logger.ERROR
-    try:
-        # --seed fixes these random numbers. A run is not repeated by it, because the order in which
-        # the processes change θ is left to the system.
-        rng = random.Random(None if seed is None else f"{seed} {name}")
-        env = gym.make(ENV, disable_env_checker=True)
-        env.reset(seed=rng.getrandbits(31))         # fixes all later resets, too
-        local_policy = Policy(NUM_ACTIONS, DIM_OBS)
-        compute_gradients = compile_gradients(local_policy.model)
-
-        global_weights = map_memory(shared_weights, local_policy)
-        optimizer = AsyncRMSprop(global_weights, map_memory(shared_squares, local_policy))
-        global_t = np.frombuffer(shared_t, np.int64)
-
-        messages.send(("ready", None))
-        train(rng, global_weights, local_policy, compute_gradients, optimizer, StackEnv(env),
-              global_t, messages)
-    except Exception:
-        messages.send(("end", f"failed:\n{traceback.format_exc()}"))
+    # --seed fixes these random numbers. A run is not repeated by it, because the order in which the
+    # processes change θ is left to the system.
+    rng = random.Random(None if seed is None else f"{seed} {mp.current_process().name}")
+    gym.logger.min_level = gym.logger.ERROR         # do not say that CartPole-v0 is old
+    env = StackEnv(gym.make(ENV, disable_env_checker=True))
+    env.reset(seed=rng.getrandbits(31))             # fixes all later resets, too
+    local_policy = Policy()
+    compute_gradients = compile_gradients(local_policy.model)
+    global_weights = share_memory(shared_weights, local_policy)
+    optimizer = AsyncRMSprop(global_weights, share_memory(shared_squares, local_policy))
+    global_t = np.frombuffer(shared_t, np.int64)
+    episodes.put((mp.current_process().name, None))         # ready
+    train(rng, global_weights, local_policy, compute_gradients, optimizer, env, global_t, episodes)
 
 
-def map_memory(shared, policy):
-    """Show RawArrays as NumPy arrays, without a copy: what one process writes, all others read.
+class StackEnv(gym.Wrapper):
+    """Shows the last few frames as one state (16,). Repository: `StackEnv`."""
 
-    Post: numpy.frombuffer. Together with `learn` this does the work of PyTorch's share_memory.
-    """
-    return [np.frombuffer(memory, np.float32).reshape(w.shape)
-            for memory, w in zip(shared, policy.weights)]
+    def __init__(self, env, frame_num=FRAME_NUM):
+        super().__init__(env)
+        self.frames = collections.deque(maxlen=frame_num)   # each (4,), the oldest first
+
+    def reset(self, **options):
+        """Start an episode; the first state holds the same frame four times."""
+        frame, info = self.env.reset(**options)
+        self.frames.extend([frame] * self.frames.maxlen)
+        return np.concatenate(self.frames), info
+
+    def step(self, action):
+        """Do an action."""
+        frame, *others = self.env.step(action)
+        self.frames.append(frame)
+        return np.concatenate(self.frames), *others
 
 
-# == Not needed to understand A3C: options, test, messages to the parent, faults ===================
+# == Not needed to understand A3C: options and test ================================================
 
 def main(argv=None):
     """Learn, keep what was learned, play with it; return the exit status."""
-    if mp.current_process().name.startswith("process_"):
-        sys.exit(1)     # a script without `if __name__ == "__main__"`: see explain_end
     parser = common.make_parser("Learn CartPole with A3C in processes, then film it.", NAME, 20_000)
     parser.add_argument("--num-process", type=common.positive_number, default=NUM_PROCESS,
                         help="processes that learn")
-    args = common.read_options(parser, argv)
+    args = common.parse_options(parser, argv)
     if args.seed is not None:
         keras.utils.set_random_seed(args.seed)
-    policy = Policy(NUM_ACTIONS, DIM_OBS)
-    check_forward(policy)
-    if args.play:
-        policy.sync(common.load_weights(policy.model, args.play))
-    elif not learn(policy, args):
-        return 1
-    common.test(ENV, functools.partial(play_episode, policy), NAME, args)
-    return 0
+    policy = Policy()
+    run = common.Run(policy.model, StackEnv(gym.make(ENV, render_mode="rgb_array")),
+                     f"A3C on {ENV}, {args.num_process} processes", args,
+                     [f"process_{rank}" for rank in range(args.num_process)])
+    if not args.play:
+        with run:
+            learn(policy, args.num_process, args.seed, run)
 
+    def act(weights, o):
+        p, _ = policy.numpy_forward(weights, o)
+        return int(p.argmax())          # the more probable action
 
-def check_forward(policy):
-    """End the program if Policy.forward and the policy's model are two different networks."""
-    def predict(weights, x):
-        policy.sync(weights)
-        return policy.forward(x)
-    common.check_same(policy.model, predict)
-    policy.sync(policy.model.get_weights())
-
-
-def play_episode(policy, env):
-    """Play an episode, always by the more probable action, and return its steps."""
-    env = StackEnv(env)
-    o = env.reset()
-    steps = 0
-    done = False
-    while not done:
-        p, _ = policy.forward(o)
-        o, _, done = env.step(int(p.argmax()))
-        steps += 1
-    return steps
-
-
-def follow(pipes, global_weights, shared_t, policy, run, max_episodes):
-    """Record the episodes of all processes until one has learned or has ended."""
-    last_tens = {process: common.LastTen() for process in pipes}
-    for n, (process, kind, content) in enumerate(receive(pipes)):
-        if n == 0:
-            run.started = time.perf_counter()   # the first one is ready: starting does not count
-        run.steps = shared_t[0]
-        if kind == "episode":
-            policy.sync(global_weights)
-            last_ten = last_tens[process]
-            last_ten.add(content, policy.weights)
-            run.record(process.name, content, last_ten.mean)
-            if last_ten.meets_rule(LIMIT):
-                run.is_learned = True
-                policy.sync(last_ten.mean_of_weights())
-            if run.is_learned or len(run.history) == max_episodes:
-                return
-        if kind == "end":
-            if content:
-                print(f"error: {process.name} {content}", file=sys.stderr, flush=True)
-            return
-
-
-def receive(pipes):
-    """Yield (process, kind, content) for each message, and for each process that has ended."""
-    while True:
-        ready = connection.wait([*pipes.values(), *[process.sentinel for process in pipes]])
-        for process, messages in pipes.items():
-            if messages in ready:
-                try:
-                    yield process, *messages.recv()
-                except (EOFError, OSError):
-                    yield process, "end", explain_end(process)
-            elif process.sentinel in ready:
-                yield process, "end", explain_end(process)
-
-
-def explain_end(process):
-    """Say why a process has ended. Return None if all EPOCH steps were made."""
-    process.join()
-    if process.exitcode < 0:
-        return f"was killed by signal {-process.exitcode}"
-    if process.exitcode > 0:
-        return (f"ended with exit status {process.exitcode}. (If a script calls main, it must do so"
-                ' below `if __name__ == "__main__":`, because each process runs the script, too.)')
-    return None
+    return run.test(act)
 
 
 if __name__ == "__main__":

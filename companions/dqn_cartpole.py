@@ -5,7 +5,7 @@ takes the action a in the state s, and afterwards always the action with the lar
 from steps that are drawn at random from a memory. The values that Q shall approach, its targets,
 come from an older copy of the network, the target network.
 
-    python -m companions.dqn_cartpole   # about a minute; films are then in movie/dqn_cartpole
+    python companions/dqn_cartpole.py   # about a minute; films are then in movie/dqn_cartpole
 
 This is the program of a post by 林 of DATUM STUDIO, for today's libraries:
 「【Pythonで再現】DeepMindのDQNアルゴリズムを再現してみた」
@@ -24,24 +24,15 @@ s'           the history one step after s
 Q(s, a)      the output of the network for the action a; Q̂(s, a): that of the target network
 B            the size of a batch, in shapes
 
-What differs from the post, and is needed to read the code:
 - The post has two Keras networks, Q and target_Q. Here there is one, `model`, which learns. `Q` is
   a copy of its weights, a list of arrays, made anew after each replay. `target_Q` is an older such
-  copy, which stays as it is until the next renewal. So there is no _clone_network.
-- The 32 calls of train_on_batch in a replay are one compiled function, `_train`.
-- The memory holds `done`, where the post has None in place of the new state.
-Corrected:
-- In the post the time limit counts as a fall: see `learn`.
-- The scaler is the first layer of the network, so that it is saved with the weights. In the post a
-  new DQN object makes a new scaler, which does not fit the network that it loads.
-Added: the mean of ten target networks is tested, and not the last one: see `Run`. Learning ends
-before the post's 400 episodes if the last ten have a mean above 499 steps, the rule of
-a3c_cartpole.py. learning_curve.png replaces plot_training_scores.
+  list. A list never changes, so to assign it is to copy it.
+companions/README.md lists what else differs from the post.
 """
 import collections
 import random
 
-from companions import common
+import common
 
 import gymnasium as gym
 import keras
@@ -89,6 +80,7 @@ class DQN:
         self.scaler.adapt(np.array([agent_hist for agent_hist, *_ in self.memory]))
 
         self.model = self._build_network()
+        self._predict = common.numpy_forward(self.model)    # of a list of weights and histories
         self.optimizer = keras.optimizers.Adam()            # learning rate 0.001
         self.Q = self.model.get_weights()
         self.target_Q = self.Q
@@ -97,7 +89,7 @@ class DQN:
 
     def _build_network(self):
         """Define the network: histories (B, 16) → Q of each action (B, 2)."""
-        nn = keras.Sequential(name="DQN")
+        nn = keras.Sequential(name="dqn_cartpole")
         nn.add(keras.Input((AGENT_HIST_LEN * STATE_SIZE,)))
         nn.add(self.scaler)
         nn.add(keras.layers.Dense(20, activation="relu"))
@@ -107,21 +99,6 @@ class DQN:
         return nn
 
     # -- 3.2 The best action
-
-    @staticmethod
-    def _predict(network, agent_hists):
-        """Compute Q of each action, (2,) for one history (16,) or (B, 2) for several (B, 16).
-
-        `network` is a list of weights, such as `Q`. The post calls Keras' predict, which is many
-        times as slow for one history. If you change `_build_network`, change this, too: the program
-        checks at the start that both compute the same.
-        """
-        mean, variance, _, kernel1, bias1, kernel2, bias2, kernel3, bias3, kernel4, bias4 = network
-        x = (agent_hists - mean) / np.sqrt(variance)        # the scaler (_ is its counter)
-        x = np.maximum(x @ kernel1 + bias1, 0)              # relu
-        x = np.maximum(x @ kernel2 + bias2, 0)
-        x = np.maximum(x @ kernel3 + bias3, 0)
-        return x @ kernel4 + bias4
 
     def _get_optimal_action(self, network, agent_hist):
         """Choose the action with the larger Q after these four states."""
@@ -210,26 +187,29 @@ class DQN:
         weights = self._train(tf.constant(agent_hists), tf.constant(Y))
         self.Q = [weight.numpy() for weight in weights]
 
-    @tf.function(jit_compile=True)      # XLA, TensorFlow's compiler: more than twice as fast
+    @tf.function(jit_compile=True, autograph=False)     # compiled by XLA: more than twice as fast
     def _train(self, agent_hists, Y):
         """Move Q towards the targets: 32 updates of one sample each. Return the new weights."""
         variables = self.model.trainable_variables
-        for i in tf.range(MB_SIZE):     # tf.function makes this a loop inside TensorFlow
+
+        def train_on_sample(i):
             with tf.GradientTape() as tape:
                 q = self.model(agent_hists[i][tf.newaxis])[0]           # (2,); a batch of one
                 loss = tf.reduce_mean(tf.square(Y[i] - q))              # "mse" over both actions
-            gradients = tape.gradient(loss, variables)
-            self.optimizer.apply_gradients(zip(gradients, variables))
+            self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+            return i + 1
+
+        tf.while_loop(lambda i: i < MB_SIZE, train_on_sample, [0])
         return self.model.weights
 
     # -- 3.5 Learning
 
-    def learn(self, log, n_episodes=N_EPISODES):
+    def learn(self, run):
         """Play episodes, and learn at each step. Paper: Algorithm 1.
 
-        `log` is a Run, see below: it counts the steps and keeps scores and weights.
+        `run` counts the steps, and keeps scores and the best weights: see common.Run.
         """
-        for _ in range(n_episodes):
+        while True:
             state, _ = self.env.reset()
             agent_hist = collections.deque([state], maxlen=AGENT_HIST_LEN)
             for step in range(MAX_STEPS):
@@ -241,7 +221,7 @@ class DQN:
 
                 # Do it.
                 new_state, reward, terminated, truncated, _ = self.env.step(action)
-                log.steps += 1
+                run.steps += 1
 
                 # Remember it, and learn from 32 of all remembered steps.
                 # Not in the post: `done` is only a fall (terminated), not the time limit
@@ -264,79 +244,26 @@ class DQN:
                     break
                 agent_hist.append(new_state)
 
-            log.finish_episode(step + 1, self.target_Q)     # the score: the rewards, 1 each step
-            if log.is_learned:
+            # The score of an episode is its steps, as each gives the reward 1.
+            if run.finish_episode("agent", step + 1, self.target_Q):
                 return
-
-    # -- 4. Looking at what was learned
-
-    def run(self, env):
-        """Play one episode with the target network, never at random. Return its score."""
-        state, _ = env.reset()
-        # As in the post, the history is at first the first state, four times.
-        agent_hist = collections.deque([state] * AGENT_HIST_LEN, maxlen=AGENT_HIST_LEN)
-        score = 0
-        done = False
-        while not done:
-            action = self._get_optimal_action(self.target_Q, agent_hist)
-            new_state, _, terminated, truncated, _ = env.step(action)
-            score += 1
-            done = terminated or truncated
-            agent_hist.append(new_state)
-        return score
 
 
 # == Not needed to understand DQN: options, files, test ============================================
-
-class Run(common.Run):
-    """A run that also chooses which weights are kept.
-
-    DQN learns and forgets again, often within a few episodes. What is kept is the mean of the ten
-    target networks at the ends of those ten successive episodes that had the most steps.
-    """
-
-    def __init__(self, out):
-        super().__init__(f"DQN, {ENV}", MAX_STEPS, out)
-        self.last_ten = common.LastTen()
-        self.best_mean = 0              # the largest mean of ten episodes
-        self.best_weights = None        # the mean of the target networks of these episodes
-
-    def finish_episode(self, score, target_Q):
-        """Record an episode. If the last ten are the best ones, keep what they have learned."""
-        self.last_ten.add(score, target_Q)
-        mean = self.last_ten.mean
-        if mean >= self.best_mean:
-            self.best_mean = mean
-            self.best_weights = self.last_ten.mean_of_weights()
-        self.record("agent", score, mean)
-        self.is_learned = self.last_ten.meets_rule(MAX_STEPS)
-
 
 def main(argv=None):
     """Learn, then test what was learned. Return the exit status."""
     parser = common.make_parser("Learn CartPole with DQN, then film it.", "dqn_cartpole",
                                 N_EPISODES)
-    args = common.read_options(parser, argv)
+    args = common.parse_options(parser, argv)
     dqn = DQN(args.seed)
-    common.check_same(dqn.model, dqn._predict)
-
-    if args.play:
-        dqn.target_Q = common.load_weights(dqn.model, args.play)
-        common.test(ENV, dqn.run, "DQN", args)
-        return 0
-
-    run = Run(args.out)
-    try:
+    # As in the post, the history of a test is at first the first state, four times.
+    env = gym.wrappers.FrameStackObservation(gym.make(ENV, render_mode="rgb_array"), AGENT_HIST_LEN)
+    run = common.Run(dqn.model, env, f"DQN, {ENV}", args)
+    if not args.play:
         with run:
-            dqn.learn(run, args.max_episodes)
-    finally:
-        dqn.target_Q = run.best_weights or dqn.target_Q     # the latter if no episode has ended
-        dqn.model.set_weights(dqn.target_Q)
-        run.keep({"DQN": dqn.model})
-
-    # Not all runs meet the rule within 400 episodes, so these weights are tested in any case.
-    common.test(ENV, dqn.run, "DQN", args)
-    return 0 if run.is_learned else 1
+            dqn.learn(run)
+    return run.test(dqn._get_optimal_action)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,15 @@ many steps could change the policy too far. The clip makes this less likely: as 
 probability of an action has changed by 20 % in the desired direction, a further change gains
 nothing.
 
-    python -m companions.ppo_cartpole   # learns within seconds; films: movie/ppo_cartpole
+    python companions/ppo_cartpole.py   # learns within seconds; films: movie/ppo_cartpole
 
 This is the program of tsubame-mz's post 「PPOの実装(ネットワーク共有版)」 (blog 「雨宿り」), for
 today's libraries. Its code is RL/ppo.py in https://github.com/tsubame-mz/machine_learning, commit
-d2b2fb2 (it was moved later); the constants below are its defaults. "The paper" is Schulman et al.,
+d2b2fb2; the constants below are its defaults. "The paper" is Schulman et al.,
 2017, https://arxiv.org/abs/1707.06347. What to look at, in the order of the post:
 
     Memory.finish_path      what each action was worth
-    Agent.train             the steps of the optimizer, and when they end
-    Agent.loss_of           the loss, with the clip
+    Agent.update            the steps of the optimizer, the loss with the clip, and when they end
     learning_loop           playing and learning in turns
 
 Symbols: s, a, r: state, action, reward. π(a|s), in the code pi: the probability of a in s. R: the
@@ -24,17 +23,11 @@ return, the discounted sum of the rewards from a step to the end. V(s): the valu
 that the network expects from s on. A: the advantage, how much better than expected an action turned
 out. T: in shapes, the number of steps of the episode.
 
-What differs from the post:
-- Keras replaces PyTorch. To play, the network is computed in NumPy.
-- Corrected: the value loss, and the sign of the entropy. Agent.loss_of says how.
-- Kept: the rule that ends the steps of the optimizer, although it measures little. Agent.train says
-  why.
-- Added: learning ends when the last ten episodes have a mean above 199 steps, and the mean of their
-  weights is kept. Ten test episodes follow, with the more probable action. Files are saved.
+companions/README.md lists what differs from the post.
 """
 import random
 
-from companions import common
+import common
 
 import gymnasium as gym
 import keras
@@ -43,7 +36,6 @@ import tensorflow as tf
 
 # -- constants of the game
 ENV = "CartPole-v0"
-MAX_STEPS = 200         # of an episode of CartPole-v0
 NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
 NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
 GOOD_STEPS = 195        # an episode of fewer steps counts as a fall, see reward_modify
@@ -61,10 +53,10 @@ ADV_EPS = 1e-6          # prevents a division by a standard deviation of 0
 # -- constants of learning
 LEARNING_RATE = 1e-4    # of Adam
 TRAIN_ITERS = 80        # steps of Adam for one episode, at most
-CLIP_RATIO = .2         # ε of the paper: the clip is at 0.8 and 1.2, see Agent.loss_of
+CLIP_RATIO = .2         # ε of the paper: the clip is at 0.8 and 1.2, see Agent.update
 V_LOSS_C = .9           # coefficient of the value loss
 ENT_C = 1e-3            # coefficient of the entropy, which keeps π from becoming 0 or 1 too early
-TARGET_KL = .01         # steps of Adam end above 1.5 times this, see Agent.train
+TARGET_KL = .01         # steps of Adam end above 1.5 times this, see Agent.update
 
 
 class PVNet(keras.Model):
@@ -80,7 +72,7 @@ class PVNet(keras.Model):
         h = keras.layers.Dropout(DROPRATE)(h)
         pi = self.dense(NUM_ACTIONS, "softmax")(h)
         value = self.dense(1, "linear")(h)
-        super().__init__(state, [pi, value], name="PPO")    # no `forward` is needed
+        super().__init__(state, [pi, value], name="ppo_cartpole")   # the post's `forward`
 
     @staticmethod
     def dense(units, activation):
@@ -148,7 +140,7 @@ class Memory:
             self.advantage_lst[t] = last_delta
 
     def get_batch(self):
-        """Return the episode as arrays, in the order of Agent.train, and forget it.
+        """Return the episode as arrays, in the order of Agent.update, and forget it.
 
         The advantages are standardized (標準化): their mean becomes 0, their variance 1. From here
         on "better" means better than the mean of this episode, no longer better than V expected.
@@ -170,99 +162,76 @@ class Agent:
 
     def __init__(self, model):
         self.model = model
-        self.weights = model.get_weights()      # the same weights as NumPy arrays, for `predict`
+        self.weights = model.get_weights()      # with which it plays, in NumPy: see get_action
+        self.forward = common.numpy_forward(model)
         self.optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=1e-8)     # PyTorch's
-        # Make Adam's own variables now; a compiled function cannot make them later.
+        # `apply` without variables needs an optimizer that knows them.
         self.optimizer.build(model.trainable_variables)
 
     def get_action(self, state):
         """Draw an action for a state (4,). Return it with V(s) and log π(a|s)."""
-        pi, value = self.predict(self.weights, state)
+        pi, value = self.forward(self.weights, state)       # without dropout; post: model.eval()
         action = random.choices(range(NUM_ACTIONS), pi.tolist())[0]
         return action, value[0], np.log(pi[action])
 
     def update(self, batch):
-        """Learn from the arrays of one episode. Post: 「update()」."""
+        """Take up to TRAIN_ITERS steps of Adam with one episode. Post: 「update()」."""
         self.train(*batch)
         self.weights = self.model.get_weights()
 
-    # tf.function compiles the method with its loop. With reduce_retracing=True it does not do so
-    # again for each new T.
-    @tf.function(reduce_retracing=True)
-    def train(self, state, action, log_pi, returns, advantage):
-        """Take up to TRAIN_ITERS steps of Adam, each with the whole episode."""
-        for _ in tf.range(TRAIN_ITERS):
-            # The tape records what is computed inside `with`, to find its gradients.
-            with tf.GradientTape() as tape:
-                pi, value = self.model(state, training=True)
-                # π(a|s): the one-hot vector picks it from the two. (1e-10: never log 0.)
-                pi_of_action = tf.reduce_sum(pi * tf.one_hot(action, NUM_ACTIONS), axis=1)
-                new_log_pi = tf.math.log(pi_of_action + 1e-10)
-                # How probable is the action now, relative to when it was played? The old π drew it.
-                # If the new π would draw it twice as often, it must count twice: ratio 2. (At ratio
-                # 1 the gradient of ratio·A is that of A3C's log π·A.) `log_pi` was computed without
-                # dropout, so the ratio is not 1 even at the first step.
-                ratio = tf.exp(new_log_pi - log_pi)     # π/π_old, as exp(log x - log y) = x/y
-                total_loss = self.loss_of(pi, value, ratio, returns, advantage)
-            gradients = tape.gradient(total_loss, self.model.trainable_variables)
-            self.optimizer.apply(gradients)
+    @tf.function(reduce_retracing=True, autograph=False)    # not compiled anew for each length T
+    def train(self, *batch):
+        """The post's loop `for … break`, as a loop of TensorFlow: twice as fast.
 
-            # The post's rule to end these steps: `kl`, the mean of log(ratio), is above .015. It
-            # is a weak rule. Usual rules take -kl, which estimates the Kullback-Leibler divergence,
-            # how far the new policy is from the old one. (The post says itself that its `kl` is not
-            # strictly this.) In our runs, whenever the rule ended the steps, `kl` computed without
-            # dropout was still below .015. So dropout, which is random, decides the end.
-            kl = tf.reduce_mean(new_log_pi - log_pi)
-            if kl > 1.5 * TARGET_KL:
-                break
-
-    @staticmethod
-    def loss_of(pi, value, ratio, returns, advantage):
-        """Compute the loss of an episode: pi (T, 2), value (T, 1), all others (T,).
-
-        It is the paper's equation 9 with a minus, because an optimizer makes a loss small.
+        The rule to break is the post's, and weak: of the two log π in kl, only the new one contains
+        dropout, so chance decides. (Usual rules take -kl, which estimates the Kullback-Leibler
+        divergence: how far π is from the old one.)
         """
-        # The policy loss. To make it small, the optimizer makes ratio·A large: good actions become
-        # more probable, bad ones less. The clip limits what can be gained: the loss has, instead of
-        # ratio·A, the minimum of ratio·A and clip_adv. With A = advantage, ε = CLIP_RATIO it is
-        #
-        #             ratio < 1 - ε     in between    ratio > 1 + ε
-        #     A > 0   ratio·A           ratio·A       (1 + ε)·A       a good action
-        #     A < 0   (1 - ε)·A         ratio·A       ratio·A         a bad action
-        #
-        # (1 + ε)·A and (1 - ε)·A do not depend on the network. Their gradient is 0: the probability
-        # has changed enough. In the other two corners it has changed in the wrong direction, and
-        # the gradient leads it back. (The paper's equation 7 gives the same minimum.)
-        clip_adv = tf.where(advantage >= 0, (1 + CLIP_RATIO) * advantage,
-                            (1 - CLIP_RATIO) * advantage)
-        pi_loss = -tf.reduce_mean(tf.minimum(ratio * advantage, clip_adv))
+        tf.while_loop(
+            lambda i, kl: (i < TRAIN_ITERS) & (kl <= 1.5 * TARGET_KL),      # while this holds,
+            lambda i, kl: (i + 1, self.train_step(*batch)),                 # do this,
+            [0, 0.])                                                        # from i = 0, kl = 0
 
-        # The value loss moves V(s) towards R, as in the post's formula. Its code subtracts (T, 1)
-        # from (T,), of which PyTorch makes (T, T): there each V(s) moves to the mean of all R. Here
-        # both have the shape (T,).
-        v_loss = V_LOSS_C * tf.reduce_mean(tf.square(returns - value[:, 0]))
+    def train_step(self, state, action, log_pi, returns, advantage):
+        """Take one step of Adam. Return `kl`, the mean of log π - log π_old.
 
-        # The entropy is large if both actions are about equally probable. It is subtracted, as in
-        # the paper, so that it becomes larger. The post adds it.
-        entropy = ENT_C * tf.reduce_mean(-tf.reduce_sum(pi * tf.math.log(pi + 1e-10), axis=1))
-        return pi_loss + v_loss - entropy
+        The loss is the paper's equation 9 with a minus, because an optimizer makes a loss small. To
+        make it small, the optimizer makes ratio·A large: good actions become more probable, bad
+        ones less. The clip limits what can be gained: in place of ratio·A stands the minimum of
+        ratio·A and clip_adv. With A = advantage and ε = CLIP_RATIO this is
 
-    @staticmethod
-    def predict(weights, state):
-        """Compute π of each action (2,) and V(s) (1,) for one state (4,), without dropout.
+                    ratio < 1 - ε     in between    ratio > 1 + ε
+            A > 0   ratio·A           ratio·A       (1 + ε)·A       a good action
+            A < 0   (1 - ε)·A         ratio·A       ratio·A         a bad action
 
-        PVNet computes the same, but for one state this is more than 100 times as fast. Both must be
-        changed together; the program checks at the start that they agree.
+        (1 + ε)·A and (1 - ε)·A do not depend on the network. Their gradient is 0: the probability
+        has changed enough. In the other two corners it has changed in the wrong direction, and the
+        gradient leads it back. (The paper's equation 7 gives the same minimum.)
         """
-        (kernel_1, bias_1, kernel_2, bias_2,
-         pi_kernel, pi_bias, value_kernel, value_bias) = weights
-        h = np.maximum(state @ kernel_1 + bias_1, 0)        # relu
-        h = np.maximum(h @ kernel_2 + bias_2, 0)
-        z = h @ pi_kernel + pi_bias
-        exp_z = np.exp(z - z.max())                         # - max: it cannot overflow
-        pi = exp_z / exp_z.sum()                            # softmax
-        value = h @ value_kernel + value_bias
-        return pi, value
+        with tf.GradientTape() as tape:     # records what is computed, to find its gradients
+            pi, value = self.model(state, training=True)            # with dropout
+            new_log_pi = tf.math.log(tf.gather(pi, action, axis=1, batch_dims=1) + 1e-10)
+
+            # How probable is the action now, relative to when it was played? The old π drew it. If
+            # the new π would draw it twice as often, it must count twice: ratio 2. (At ratio 1 the
+            # gradient of ratio·A is that of A3C's log π·A.)
+            ratio = tf.exp(new_log_pi - log_pi)         # π/π_old, as exp(log x - log y) = x/y
+            clip_adv = tf.where(advantage >= 0, (1 + CLIP_RATIO) * advantage,
+                                (1 - CLIP_RATIO) * advantage)
+            pi_loss = -tf.reduce_mean(tf.minimum(ratio * advantage, clip_adv))
+
+            # The value moves towards R. (The post's code subtracts (T, 1) from (T,), of which
+            # PyTorch makes (T, T): there each V(s) moves to the mean of all R.)
+            v_loss = V_LOSS_C * tf.reduce_mean(tf.square(returns - value[:, 0]))
+
+            # The entropy is large if both actions are about equally probable. It is subtracted, as
+            # in the paper, so that it becomes larger. (The post adds it.)
+            entropy = -ENT_C * tf.reduce_mean(tf.reduce_sum(pi * tf.math.log(pi + 1e-10), axis=1))
+
+            total_loss = pi_loss + v_loss - entropy
+        gradients = tape.gradient(total_loss, self.model.trainable_variables)
+        self.optimizer.apply(gradients)
+        return tf.reduce_mean(new_log_pi - log_pi)
 
 
 def reward_modify(step, done):
@@ -277,13 +246,12 @@ def reward_modify(step, done):
     return -1
 
 
-def learning_loop(agent, run, max_episodes, seed):
+def learning_loop(agent, run, seed):
     """Play and learn in turns. Post: 「学習ループ」."""
     env = gym.make(ENV, disable_env_checker=True)
     env.reset(seed=seed)                    # fixes all later resets, too
     memory = Memory()
-    last_ten = common.LastTen()
-    for _ in range(max_episodes):
+    while True:
         # 1. Play an episode. The weights do not change meanwhile.
         state, _ = env.reset()
         done = False
@@ -295,14 +263,8 @@ def learning_loop(agent, run, max_episodes, seed):
             done = terminated or truncated
             memory.add(state, action, reward_modify(step, done), value, log_pi)
             state = next_state
-
-        # Not in the post: end if the last ten episodes have a mean above 199 steps.
-        last_ten.add(step, agent.weights)
         run.steps += step
-        run.record("PPO", step, last_ten.mean)
-        if last_ten.meets_rule(MAX_STEPS):
-            agent.weights = last_ten.mean_of_weights()
-            run.is_learned = True
+        if run.finish_episode("agent", step, agent.weights):
             return
 
         # 2. Learn from the episode. (Then it is forgotten: the next policy is another one.)
@@ -315,39 +277,20 @@ def learning_loop(agent, run, max_episodes, seed):
 def main(argv=None):
     """Learn, then test and film what was learned. Return the exit status."""
     parser = common.make_parser("Learn CartPole with PPO.", "ppo_cartpole", MAX_EPISODES)
-    args = common.read_options(parser, argv)
+    args = common.parse_options(parser, argv)
     if args.seed is not None:
         keras.utils.set_random_seed(args.seed)
-    model = PVNet()
-    common.check_same(model, Agent.predict)
-    if args.play:
-        common.load_weights(model, args.play)
-    agent = Agent(model)
+    agent = Agent(PVNet())
+    run = common.Run(agent.model, gym.make(ENV, render_mode="rgb_array"), f"PPO, {ENV}", args)
     if not args.play:
-        run = common.Run(f"PPO, {ENV}", MAX_STEPS, args.out, ["PPO"])
-        try:
-            with run:
-                learning_loop(agent, run, args.max_episodes, args.seed)
-        finally:
-            model.set_weights(agent.weights)
-            run.keep({"PPO": model})
-        if not run.is_learned:
-            return 1
-    common.test(ENV, lambda env: play_best(env, agent), "PPO", args)
-    return 0
+        with run:
+            learning_loop(agent, run, args.seed)
 
+    def act(weights, state):
+        pi, _ = agent.forward(weights, state)
+        return int(pi.argmax())         # the more probable action
 
-def play_best(env, agent):
-    """Play an episode with the more probable action in each state. Return its steps."""
-    state, _ = env.reset()
-    done = False
-    step = 0
-    while not done:
-        pi, _ = agent.predict(agent.weights, state)
-        state, _, terminated, truncated, _ = env.step(int(pi.argmax()))
-        step += 1
-        done = terminated or truncated
-    return step
+    return run.test(act)
 
 
 if __name__ == "__main__":
