@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 PROGRAM = ROOT / "a3c_cartpole.py"
+FOLDERS = [str(ROOT), str(ROOT / "companions")]
+sys.path[:0] = FOLDERS
 GIVEN = dict(os.environ)  # before the program's import adds to it
 
 import a3c_cartpole as a3c  # noqa: E402
@@ -15,12 +16,6 @@ import a3c_cartpole as a3c  # noqa: E402
 import imageio_ffmpeg  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-
-
-def pytest_configure(config):
-    """Leave out notices: of gym about CartPole-v0 and about films, and one of Keras about NumPy."""
-    for notice in "CartPole-v0 is out of date", "Overwriting existing videos", "__array__":
-        config.addinivalue_line("filterwarnings", f"ignore:.*{notice}")
 
 
 @pytest.fixture
@@ -98,7 +93,7 @@ def run_python(*arguments, cwd, timeout=120, **environment):
 def start_python(*arguments, cwd, **environment):
     """Start Python in a process of its own, without a screen; its lines can be read at once."""
     given = {k: v for k, v in GIVEN.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    given["PYTHONPATH"] = str(ROOT)
+    given["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *filter(None, [GIVEN.get("PYTHONPATH")])])
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen([sys.executable, "-u", *map(str, arguments)], cwd=cwd, text=True,
                             encoding="utf-8", env={**given, **environment}, **pipes)
