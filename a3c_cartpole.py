@@ -140,8 +140,8 @@ def learn(parameter_server, workers, out):
     finally:
         # M3. `stop` is a flag that all threads see. Each thread ends after its present episode;
         #     join() waits for that.
-        parameter_server.stop.set()
         with uninterrupted():                       # a second Ctrl-C must not lose the results
+            parameter_server.stop.set()
             for worker in workers:
                 if worker.is_alive():               # (after Ctrl-C some may not have started)
                     worker.join()

@@ -90,10 +90,10 @@ def run_python(*arguments, cwd, timeout=120, **environment):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def start_python(*arguments, cwd, **environment):
+def start_python(*arguments, cwd, stdout=subprocess.PIPE, **environment):
     """Start Python in a process of its own, without a screen; its lines can be read at once."""
     given = {k: v for k, v in GIVEN.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     given["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *filter(None, [GIVEN.get("PYTHONPATH")])])
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE)
     return subprocess.Popen([sys.executable, "-u", *map(str, arguments)], cwd=cwd, text=True,
                             encoding="utf-8", env={**given, **environment}, **pipes)

@@ -1,6 +1,7 @@
 """How an agent acts, how an episode is played and rewarded, and who may call it learned."""
 
 import threading
+import time
 
 import a3c_cartpole as a3c
 
@@ -92,7 +93,6 @@ def test_test_worker_takes_the_more_probable_action_and_learns_nothing(server):
     assert {make_agent(server, 0.6, "test").act(STATE) for _ in range(50)} == {1}
     before = server.weights
     environment = a3c.Environment("test_thread", "test", server)
-    environment.env.close()
     environment.env = FakeEnv(30)
     assert environment.run() == 30
     assert server.frames == 0 and server.history == [] and server.weights is before
@@ -106,7 +106,7 @@ def play(environment, episodes):
 def test_episodes_and_steps_are_counted_and_recorded(server):
     play(make_environment(server, 30), 12)
     assert server.frames == 360
-    assert [(e.thread, e.episode, e.steps, e.total_steps) for e in server.history] == [
+    assert [(e.worker, e.episode, e.steps, e.total_steps) for e in server.history] == [
         ("local_thread1", i, 30, 30 * i) for i in range(1, 13)]
     means = [e.mean_of_last_10 for e in server.history]
     assert means == pytest.approx([3.0 * min(i, 10) for i in range(1, 13)])
@@ -158,17 +158,29 @@ def test_of_many_that_win_at_once_one_alone_hands_its_weights_over(server):
 
 def test_worker_gives_up_after_exactly_max_episodes():
     server = a3c.ParameterServer(max_episodes=5)
-    worker = a3c.WorkerThread("local_thread1", "learning", server)
+    worker = a3c.WorkerThread("local_thread1", server)
     worker.environment.env = FakeEnv(20)
     worker.run()
     assert len(server.history) == 5 and not server.is_learned and server.stop.is_set()
 
 
-def test_eight_threads_count_every_step_and_episode(server):
-    environments = [make_environment(server, 10, f"local_thread{i}") for i in range(8)]
-    threads = [threading.Thread(target=play, args=(e, 50)) for e in environments]
+def test_eight_threads_count_every_step_also_if_python_switches_while_they_count():
+    class Server(a3c.ParameterServer):
+        @property
+        def frames(self):
+            frames = self.counted
+            time.sleep(0)  # let other threads run between reading and storing
+            return frames
+
+        @frames.setter
+        def frames(self, frames):
+            self.counted = frames
+
+    server = Server()
+    threads = [threading.Thread(target=lambda: [server.count_step() for _ in range(200)])
+               for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert server.frames == 8 * 50 * 10 and len(server.history) == 400
+    assert server.frames == 8 * 200

@@ -63,7 +63,7 @@ def test_default_run_prints_an_episode_a_line_and_the_summary_and_the_test(learn
     assert 0 <= steps - sum(steps for _, _, steps, _ in episodes) < 8 * 200
     assert speed == pytest.approx(steps / seconds, rel=0.1)
 
-    rows = [(int(row["thread"].removeprefix("local_thread")), int(row["episode"]),
+    rows = [(int(row["worker"].removeprefix("local_thread")), int(row["episode"]),
              int(row["steps"])) for row in history_of(folder)]
     assert rows == [episode[:3] for episode in episodes]
 
@@ -113,7 +113,7 @@ def test_sixty_four_workers_learn_together_and_all_end(tmp_path, capsys):
     assert run_main(tmp_path, "--workers", 64, "--max-episodes", 300) == 1
     assert "not learned in" in (printed := capsys.readouterr().out)
     assert ", 300 episodes, 64 workers, " in printed
-    assert len({row["thread"] for row in history_of(tmp_path)}) > 32
+    assert len({row["worker"] for row in history_of(tmp_path)}) > 32
     assert not [t for t in threading.enumerate() if t.name.startswith("local_thread")]
 
 

@@ -55,9 +55,9 @@ def handed_over(brain):
     return gradients
 
 
-def test_loss_of_one_sample_computed_by_hand(brain):
+def test_loss_of_one_sample_computed_by_hand():
     p, v = tf.constant([[0.25, 0.75]]), tf.constant([0.5])
-    (loss,) = brain.loss_total(p, v, tf.constant([[0.0, 1.0]]), tf.constant([2.0]))
+    (loss,) = a3c.loss_total(p, v, tf.constant([[0.0, 1.0]]), tf.constant([2.0]))
     # -log .75 · 1.5  +  .5 · 1.5²  +  .01 · (.25 log .25 + .75 log .75)
     assert float(loss) == pytest.approx(0.4315231087 + 1.125 - 0.0056233514, abs=1e-6)
 
