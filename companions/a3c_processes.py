@@ -1,40 +1,59 @@
 """A3C with processes in place of threads, so that all cores of a machine learn together.
 
-Python runs the threads of a program one at a time, so those of a3c_cartpole.py use one core.
-Processes run at the same time, but each has a memory of its own. So here the weights θ of the
-network lie in memory that all processes share, and each process changes θ without a lock.
+Python has a lock, the GIL, because of which only one thread of a process runs at a time: the
+threads of a3c_cartpole.py use one core. Processes run at the same time, but each has a memory of
+its own. So here θ, the weights of the network, lies in memory that all processes share, and each
+process changes θ without a lock.
 
     python companions/a3c_processes.py      # learns within seconds; films: movie/a3c_processes
 
-This is the program of rarilurelo's post 「PyTorchでA3C」 (blog rarilureloの日記, 2017) with its
+This is the program of rarilurelo's post 「PyTorchでA3C」 (blog rarilureloの日記, 2017), with its
 repository of the same day, https://github.com/rarilurelo/pytorch_a3c/tree/c36074b. Read
 a3c_cartpole.py first: it explains actor, critic and advantage. Then look at these places:
 
-    what all processes share                        share_memory, and the first lines of `learn`
     the loop of each process                        train
     how a process copies θ                          Policy.sync
     how it changes θ for all, without a lock        AsyncRMSprop.step
+    what all processes share                        share_memory, and the first lines of `learn`
 
 Symbols: θ the shared weights; θ' a process's copy; p the probability of each action; V(s) what the
-critic expects of the state s. A rollout is the steps that a process plays with one copy; T is their
-number. Unlike in a3c_cartpole.py, and as in the paper, each step looks ahead to the end of its
-rollout, and the loss is a sum. companions/README.md lists what differs from the post.
+critic expects from the state s on. A rollout is the steps that a process plays with one copy; T is
+their number. Unlike in a3c_cartpole.py, and as in the paper, the return of each step looks ahead to
+the end of its rollout, and the loss is a sum. companions/README.md lists what differs from the
+post.
 """
+# ruff: noqa: E402  (quick_start is called before the imports that take seconds)
 import collections
+import contextlib
 import multiprocessing as mp
 import os
-import queue
 import random
 import signal
 import sys
+from multiprocessing import connection
 
-# A quick start: on Linux each process is a copy of a server that imports TensorFlow now, while this
-# process imports it, too.
-if __name__ == "__main__" and sys.platform == "linux":
+
+def quick_start():
+    """On Linux, start a server that imports TensorFlow now, while this process imports it, too.
+
+    Each process that learns is then a copy of the server. Return how processes are to be started.
+    """
+    if sys.platform != "linux":
+        return "spawn"          # each process is a new Python
     from multiprocessing import forkserver
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)    # before Python 3.12 the server needs it
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)    # so that the server finds `common`
     forkserver.set_forkserver_preload(["common"])
-    forkserver.ensure_running()
+    try:
+        forkserver.ensure_running()     # (a second time this does nothing)
+    except OSError:             # it makes a socket in TMPDIR, whose path may be too long for one
+        return "spawn"
+    return "forkserver"
+
+
+if __name__ == "__main__":
+    quick_start()
+if mp.parent_process():         # This is one of the processes that learn.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # The main process obeys Ctrl-C, and ends it.
 
 import common
 
@@ -88,18 +107,18 @@ class Policy:
         return keras.layers.Dense(size, activation, kernel_initializer=uniform,
                                   bias_initializer=uniform)(x)
 
+    def forward(self, x):
+        """Compute p (2,) and V, a number, of one state x (16,), with θ'. Post: `forward`."""
+        policy, value = self.numpy_forward(self.weights, x)
+        return policy, value[0]
+
     def sync(self, global_weights):
         """Copy the shared weights: θ' ← θ. Post: `sync`.
 
         Another process may be writing meanwhile. Then the copy is partly older and partly newer.
-        That does little harm, because one update usually changes θ very little.
+        That does little harm, because one update changes θ very little.
         """
         self.weights = [w.copy() for w in global_weights]
-
-    def forward(self, x):
-        """Compute p (2,) and V, a number, for one state x (16,). Post: `forward`."""
-        policy, value = self.numpy_forward(self.weights, x)
-        return policy, value[0]
 
 
 def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, global_t, episodes):
@@ -108,7 +127,6 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
     `global_weights` is θ, and `global_t` (1,) counts the steps. Both are arrays in shared memory.
     Usually the program ends all processes much earlier, because one of them has learned.
     """
-    name = mp.current_process().name
     o, _ = env.reset()
     sum_rewards = 0
     while global_t[0] < EPOCH:
@@ -121,18 +139,18 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
         rewards = []
         R = 0       # it stays 0 if the episode ends: then no rewards come later
         for _ in range(LOCAL_T_MAX):
-            # In place, so that all processes see it. No lock: see AsyncRMSprop.step.
+            # `+=` changes the array itself, so all processes see it. No lock: see AsyncRMSprop.
             global_t += 1
             p, _ = local_policy.forward(o)
             a = rng.choices(range(NUM_ACTIONS), p.tolist())[0]
-            observations.append(o)
+            observations.append(o)      # (the post appends the next state, and does not use it)
             actions.append(a)
             o, r, terminated, truncated, _ = env.step(a)
             rewards.append(r)
             sum_rewards += r
             if terminated or truncated:
                 o, _ = env.reset()
-                episodes.put((name, int(sum_rewards)))
+                episodes.send(int(sum_rewards))         # to the main process
                 sum_rewards = 0
                 break
         else:
@@ -154,18 +172,20 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
 
 
 def compute_returns(rewards, R):
-    """Sum the discounted rewards after each step (T,), and normalise as the post does.
+    """Sum the discounted rewards after each step (T,), and normalise the sums.
 
-    R stands for the rewards after the last step. Normalised returns have a mean of 0 and a standard
-    deviation near 1, so V learns how a return compares with the others of its rollout. But then R,
-    a V, is added to rewards that are not normalised. It hardly stands for the later ones, and the
-    end of a rollout looks like a fall. (The author took this out later.)
+    R stands for the rewards after the last step.
     """
     returns = []
     for r in rewards[::-1]:
         R = r + GAMMA * R
         returns.insert(0, R)
     returns = np.array(returns, np.float32)
+
+    # Kept as in the post, though it mixes two units. Returns of a mean of 0 and a standard
+    # deviation near 1 are what V learns, so R, a V, is a number near 0. But above it is added to
+    # rewards that are not normalised, where it should be up to 1/(1 - γ) = 100. So even if the pole
+    # stands well, the end of a rollout looks nearly like the end of the episode.
     if len(returns) > 1:
         returns = (returns - returns.mean()) / (returns.std(ddof=1) + EPS)
     return returns
@@ -220,8 +240,8 @@ class AsyncRMSprop:
         RMSProp divides each gradient by its own usual size, √m. EPS is added, so where √m is far
         below EPS the divisor is about EPS, and small gradients make small changes.
 
-        No lock: `-=` reads a weight, subtracts, and writes. If two processes do so at the same
-        moment, one of the two changes is lost. That is rare, and does little harm.
+        No lock: `-=` reads a weight, subtracts, and stores. If two processes do so at the same
+        moment, one of the two changes is lost. The paper takes no lock either.
         """
         for w, m, g in zip(self.global_weights, self.mean_squares, gradients):
             m *= ALPHA
@@ -245,43 +265,51 @@ def learn(policy, num_process, seed, run):
     shared_t = mp.RawArray("q", 1)
     global_weights = share_memory(shared_weights, policy)
 
-    context = mp.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    episodes = context.Queue()          # of all processes: name and steps
-    processes = [context.Process(target=run_process, name=f"process_{rank}", daemon=True, args=(
-        seed, shared_weights, shared_squares, shared_t, episodes)) for rank in range(num_process)]
+    context = mp.get_context(quick_start())
+    processes = {}      # for each process the pipe that tells of its episodes
     try:
-        for process in processes:
+        for rank in range(num_process):
+            episodes, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=run_process, name=f"process_{rank}",
+                args=(seed, shared_weights, shared_squares, shared_t, sender),
+                daemon=True)            # Python's exit ends it, and does not wait for it
             process.start()             # from here on run_process goes on by itself
-        for name, steps in receive(episodes, processes):
-            if steps is None:
-                run.start_clock()       # the process is ready: starting does not count
-                continue
+            sender.close()              # now only the process has this end of the pipe
+            processes[episodes] = process
+        for name, steps in receive(processes):
+            if not run.history:
+                run.start_clock()       # at the first episode: to start processes does not count
             run.steps = shared_t[0]
             policy.sync(global_weights)         # θ as it is now, a little after the episode
             if run.finish_episode(name, steps, policy.weights):
                 break
     finally:
-        for process in mp.active_children():
-            process.kill()              # it has no files to put in order
-            process.join()
+        with common.uninterrupted():
+            for process in processes.values():
+                process.kill()          # it has no files to put in order
+                process.join()
 
 
-def receive(episodes, processes):
-    """Yield each episode, until EPOCH steps are made. If a process fails, the run ends."""
-    while True:
-        for process in processes:
-            if process.exitcode:        # None while it runs, 0 after EPOCH steps
-                sys.exit(f"error: {process.name} ended with {process.exitcode}")
-        try:
-            yield episodes.get(timeout=.5)
-        except queue.Empty:
-            if all(process.exitcode == 0 for process in processes):
-                return
+def receive(processes):
+    """Yield a process's name and an episode's steps, until all have ended or one has failed."""
+    processes = dict(processes)
+    while processes:
+        for episodes in connection.wait(processes):
+            process = processes[episodes]
+            try:
+                steps = episodes.recv()
+            except (EOFError, OSError):         # its process has ended
+                process.join()
+                if process.exitcode != 0:       # (it is 0 after EPOCH steps)
+                    sys.exit(f"error: {process.name} ended with exit code {process.exitcode}")
+                del processes[episodes]
+            else:
+                yield process.name, steps
 
 
 def run_process(seed, shared_weights, shared_squares, shared_t, episodes):
     """Do what one process does: make what belongs to it alone, and train."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # the main process obeys Ctrl-C, and ends this
     # --seed fixes these random numbers. A run is not repeated by it, because the order in which the
     # processes change θ is left to the system.
     rng = random.Random(None if seed is None else f"{seed} {mp.current_process().name}")
@@ -293,8 +321,9 @@ def run_process(seed, shared_weights, shared_squares, shared_t, episodes):
     global_weights = share_memory(shared_weights, local_policy)
     optimizer = AsyncRMSprop(global_weights, share_memory(shared_squares, local_policy))
     global_t = np.frombuffer(shared_t, np.int64)
-    episodes.put((mp.current_process().name, None))         # ready
-    train(rng, global_weights, local_policy, compute_gradients, optimizer, env, global_t, episodes)
+    with contextlib.suppress(BrokenPipeError):      # nobody receives: the main process was killed
+        train(rng, global_weights, local_policy, compute_gradients, optimizer, env, global_t,
+              episodes)
 
 
 class StackEnv(gym.Wrapper):
@@ -321,6 +350,10 @@ class StackEnv(gym.Wrapper):
 
 def main(argv=None):
     """Learn, keep what was learned, play with it; return the exit status."""
+    if mp.parent_process():
+        print('error: call main below `if __name__ == "__main__":`, because each process runs your'
+              " script, too", file=sys.stderr, flush=True)
+        sys.exit(1)
     parser = common.make_parser("Learn CartPole with A3C in processes, then film it.", NAME, 20_000)
     parser.add_argument("--num-process", type=common.positive_number, default=NUM_PROCESS,
                         help="processes that learn")

@@ -1,16 +1,17 @@
-"""One episode of A3C and one update, number by number.
+"""Show one episode of A3C and one update, number by number.
 
-    python -m companions.microscope
+    python companions/microscope.py
 
 An untrained network plays an episode of ten steps, at whose end the pole falls, and learns from it
-once. The classes of a3c_cartpole.py do the work, as they are. `play` repeats the loop of
-Environment.run, to keep the numbers for the table.
+once. The classes of a3c_cartpole.py do the work. Only the loop of Environment.run stands here once
+more, in `play`, to keep the numbers.
 """
 import argparse
 import collections
 
+import common
+
 import a3c_cartpole as a3c
-from companions import common
 
 import gymnasium as gym
 import numpy as np
@@ -19,32 +20,31 @@ SEED = 46       # with it, the episode has just the T_MAX = 10 steps after which
 
 BEFORE = """\
 a: 0 is a push to the left, 1 to the right. s': the state five steps after s. p(a): the probability
-of the action that was taken. The last two columns are p(a) and V(s) after the update.
+of this action. The last two columns are p(a) and V(s) after the update.
 """
 AFTER = """
-Read the table from its end. The last five steps have the fall among their n = 5 rewards. Nothing
+Read the table from its end. The n = 5 rewards of the last five steps contain the fall. Nothing
 follows it, so the mask is 0 and R is R_n: -1 for the last step, -γ for the step before it, and so
-on. The critic expected 0.28 to 0.49, so the advantage R - V is -1.2 to -1.5: it went much worse
-than expected.
+on. The critic expected 0.28 to 0.49, so the advantage R - V is -1.2 to -1.5: these steps turned out
+much worse than expected.
 
-The first five steps do not see the fall. Their rewards are 0, and R is γ^5·V(s'), what the critic
-expects five steps later. It is untrained and expects more and more while the pole falls, so these
-advantages are positive, which is wrong. When later updates have made V low near the fall, they
-become negative, too.
+The rewards of the first five steps are 0, and R is γ^5·V(s'), what the critic expects five steps
+later. It is untrained, and expects more and more while the pole falls, so these advantages are
+positive, which is wrong. When later updates have made V(s) low near the fall, they become negative.
 
-The update. Critic: V(s) is lower now, and most near the fall. Actor: most of the bad pushes went to
-the right, so p(right) is smaller now. p(left) is larger, even where a push to the left was bad: the
-states resemble each other, and p(left) + p(right) = 1.
+The update. Critic: V(s) is lower now, most of all in the last steps. Actor: four of the five steps
+that turned out worse were pushes to the right, so p(right) is smaller now. In step 8, p(left) is
+larger, although this push to the left turned out worse, too: the states resemble each other, and
+p(left) + p(right) = 1.
 
-The changes are small, because RMSProp divides by the root of its mean squares, which start at 1
-and are still far too large. After some hundred updates they have come down.
+The changes are small because RMSProp divides by the root of its mean squares. These start at 1,
+which is still far too large. After some hundred updates they have come down.
 """
 
 
 def main(argv=None):
     """Print the table, with a text before and after it. Return the exit status."""
-    argparse.ArgumentParser(prog="python -m companions.microscope",
-                            description="Show one episode in numbers.").parse_args(argv)
+    argparse.ArgumentParser(description="Show one episode in numbers.").parse_args(argv)
     gym.logger.min_level = gym.logger.ERROR     # do not say that CartPole-v0 is old
     rows = look(a3c.ParameterServer(SEED))
     print(BEFORE)
@@ -62,8 +62,8 @@ def look(server):
     brain = environment.agent.brain
     e = play(environment, environment.agent.act)
     p, _ = brain.predict(e.s)
-    brain.update_parameter_server()                                     # 6. 7. 8.
-    brain.pull_parameter_server()                                       # 9.
+    brain.update_parameter_server()                                     # 6 to 8
+    brain.pull_parameter_server()                                       # 9
     p_after, v_after = brain.predict(e.s)
     p_a = (p * e.a).sum(axis=1)                 # a is one-hot
     p_a_after = (p_after * e.a).sum(axis=1)
@@ -80,14 +80,14 @@ def play(environment, act):
     agent = environment.agent
     rewards = []
     s, _ = environment.env.reset()
-    done = False
-    while not done:
-        a = act(s)                                                      # 2.
-        s_, _, terminated, truncated, _ = environment.env.step(a)       # 3.
+    while s is not None:
+        a = act(s)                                                      # 2
+        s_, _, terminated, truncated, _ = environment.env.step(a)       # 3
         done = terminated or truncated
-        r = environment.reward(len(rewards) + 1, done)
-        agent.advantage_push_local_brain(s, a, r, None if done else s_) # 4.
-        rewards.append(r)
+        rewards.append(environment.reward(len(rewards) + 1, done))
+        if done:
+            s_ = None
+        agent.advantage_push_local_brain(s, a, rewards[-1], s_)         # 4
         s = s_
 
     s, a, R_n, s_, s_mask = [np.array(column) for column in zip(*agent.brain.train_queue)]

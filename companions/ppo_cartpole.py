@@ -11,19 +11,23 @@ nothing.
 
 This is the program of tsubame-mz's post 「PPOの実装(ネットワーク共有版)」 (blog 「雨宿り」), for
 today's libraries. Its code is RL/ppo.py in https://github.com/tsubame-mz/machine_learning, commit
-d2b2fb2; the constants below are its defaults. "The paper" is Schulman et al.,
-2017, https://arxiv.org/abs/1707.06347. What to look at, in the order of the post:
+d2b2fb2; the constants below are its defaults. "The paper" is Schulman et al., 2017,
+https://arxiv.org/abs/1707.06347. README.md in this folder lists what differs from the post.
+
+Look at these, which come in the order of the post:
 
     Memory.finish_path      what each action was worth
-    Agent.update            the steps of the optimizer, the loss with the clip, and when they end
+    Agent.train             the steps of the optimizer, and when they end
+    Agent.train_step        one step: the loss with the clip
     learning_loop           playing and learning in turns
 
-Symbols: s, a, r: state, action, reward. π(a|s), in the code pi: the probability of a in s. R: the
-return, the discounted sum of the rewards from a step to the end. V(s): the value, which is the R
-that the network expects from s on. A: the advantage, how much better than expected an action turned
-out. T: in shapes, the number of steps of the episode.
-
-companions/README.md lists what differs from the post.
+Symbols:
+s, a, r     state, action, reward
+π(a|s)      the probability of a in s; in the code pi
+R           the return, the discounted sum of the rewards from a step to the end
+V(s)        the value: the R that the network expects from s on
+A           the advantage: how much better than expected an action turned out
+T           in shapes, the number of steps of the episode
 """
 import random
 
@@ -53,10 +57,10 @@ ADV_EPS = 1e-6          # prevents a division by a standard deviation of 0
 # -- constants of learning
 LEARNING_RATE = 1e-4    # of Adam
 TRAIN_ITERS = 80        # steps of Adam for one episode, at most
-CLIP_RATIO = .2         # ε of the paper: the clip is at 0.8 and 1.2, see Agent.update
+CLIP_RATIO = .2         # ε of the paper: the clip is at 0.8 and 1.2, see Agent.train_step
 V_LOSS_C = .9           # coefficient of the value loss
 ENT_C = 1e-3            # coefficient of the entropy, which keeps π from becoming 0 or 1 too early
-TARGET_KL = .01         # steps of Adam end above 1.5 times this, see Agent.update
+TARGET_KL = .01         # steps of Adam end above 1.5 times this, see Agent.train
 
 
 class PVNet(keras.Model):
@@ -140,14 +144,14 @@ class Memory:
             self.advantage_lst[t] = last_delta
 
     def get_batch(self):
-        """Return the episode as arrays, in the order of Agent.update, and forget it.
+        """Return the episode as arrays, in the order of Agent.train_step, and forget it.
 
         The advantages are standardized (標準化): their mean becomes 0, their variance 1. From here
         on "better" means better than the mean of this episode, no longer better than V expected.
         """
-        # PyTorch divides by T - 1 in a standard deviation: ddof=1.
+        # Not as in the post: std divides by T. PyTorch's divides by T - 1, and gives NaN if T is 1.
         advantage = self.advantage_lst
-        advantage = (advantage - advantage.mean()) / (advantage.std(ddof=1) + ADV_EPS)
+        advantage = (advantage - advantage.mean()) / (advantage.std() + ADV_EPS)
         batch = (np.array(self.state_lst, np.float32),      # (T, 4)
                  np.array(self.action_lst, np.int32),       # (T,)
                  np.array(self.log_pi_lst, np.float32),     # (T,)
@@ -162,94 +166,103 @@ class Agent:
 
     def __init__(self, model):
         self.model = model
-        self.weights = model.get_weights()      # with which it plays, in NumPy: see get_action
-        self.forward = common.numpy_forward(model)
-        self.optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=1e-8)     # PyTorch's
-        # `apply` without variables needs an optimizer that knows them.
-        self.optimizer.build(model.trainable_variables)
+        self.weights = model.get_weights()              # those with which it plays
+        self.forward = common.numpy_forward(model)      # the model in NumPy, without dropout
+        self.optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=1e-8)     # PyTorch's ε
 
     def get_action(self, state):
         """Draw an action for a state (4,). Return it with V(s) and log π(a|s)."""
-        pi, value = self.forward(self.weights, state)       # without dropout; post: model.eval()
+        pi, value = self.forward(self.weights, state)   # the post's evaluation mode, model.eval()
         action = random.choices(range(NUM_ACTIONS), pi.tolist())[0]
         return action, value[0], np.log(pi[action])
 
     def update(self, batch):
-        """Take up to TRAIN_ITERS steps of Adam with one episode. Post: 「update()」."""
+        """Learn from one episode. Post: 「update()」, which also returns its four losses."""
         self.train(*batch)
         self.weights = self.model.get_weights()
 
     @tf.function(reduce_retracing=True, autograph=False)    # not compiled anew for each length T
     def train(self, *batch):
-        """The post's loop `for … break`, as a loop of TensorFlow: twice as fast.
+        """Take up to TRAIN_ITERS steps of Adam, each with the whole episode.
 
-        The rule to break is the post's, and weak: of the two log π in kl, only the new one contains
-        dropout, so chance decides. (Usual rules take -kl, which estimates the Kullback-Leibler
-        divergence: how far π is from the old one.)
+        This is the post's loop `for … break`, as a loop of TensorFlow: take_step is its body, and
+        if is_near is false, it ends. (A loop of Python would take more than twice as long.)
         """
-        tf.while_loop(
-            lambda i, kl: (i < TRAIN_ITERS) & (kl <= 1.5 * TARGET_KL),      # while this holds,
-            lambda i, kl: (i + 1, self.train_step(*batch)),                 # do this,
-            [0, 0.])                                                        # from i = 0, kl = 0
+        def is_near(kl):
+            # The post's rule, and a weak one: in kl only the new log π is computed with dropout,
+            # so chance has a large part in it. (Usual rules take -kl, which estimates the
+            # Kullback-Leibler divergence: how far the new π is from the old one.)
+            return kl <= 1.5 * TARGET_KL
+
+        def take_step(_):
+            return self.train_step(*batch)      # the next kl
+
+        tf.while_loop(is_near, take_step, [0.], maximum_iterations=TRAIN_ITERS)
 
     def train_step(self, state, action, log_pi, returns, advantage):
-        """Take one step of Adam. Return `kl`, the mean of log π - log π_old.
+        """Take one step of Adam. Return kl, the mean of log π - log π_old.
 
-        The loss is the paper's equation 9 with a minus, because an optimizer makes a loss small. To
-        make it small, the optimizer makes ratio·A large: good actions become more probable, bad
-        ones less. The clip limits what can be gained: in place of ratio·A stands the minimum of
-        ratio·A and clip_adv. With A = advantage and ε = CLIP_RATIO this is
-
-                    ratio < 1 - ε     in between    ratio > 1 + ε
-            A > 0   ratio·A           ratio·A       (1 + ε)·A       a good action
-            A < 0   (1 - ε)·A         ratio·A       ratio·A         a bad action
-
-        (1 + ε)·A and (1 - ε)·A do not depend on the network. Their gradient is 0: the probability
-        has changed enough. In the other two corners it has changed in the wrong direction, and the
-        gradient leads it back. (The paper's equation 7 gives the same minimum.)
+        The loss is the paper's equation 9 with a minus, because an optimizer makes a loss small.
         """
         with tf.GradientTape() as tape:     # records what is computed, to find its gradients
-            pi, value = self.model(state, training=True)            # with dropout
-            new_log_pi = tf.math.log(tf.gather(pi, action, axis=1, batch_dims=1) + 1e-10)
+            pi, value = self.model(state, training=True)    # with dropout; post: model.train()
+            pi_of_action = tf.gather(pi, action, axis=1, batch_dims=1)      # (T,)
+            new_log_pi = tf.math.log(pi_of_action + 1e-10)
 
             # How probable is the action now, relative to when it was played? The old π drew it. If
             # the new π would draw it twice as often, it must count twice: ratio 2. (At ratio 1 the
             # gradient of ratio·A is that of A3C's log π·A.)
             ratio = tf.exp(new_log_pi - log_pi)         # π/π_old, as exp(log x - log y) = x/y
+
+            # To make the loss small, the optimizer makes ratio·A large: good actions become more
+            # probable, bad ones less. The clip limits what can be gained. With A = advantage and
+            # ε = CLIP_RATIO, the minimum of ratio·A and clip_adv is
+            #
+            #             ratio < 1 - ε     in between    ratio > 1 + ε
+            #     A > 0   ratio·A           ratio·A       (1 + ε)·A       a good action
+            #     A < 0   (1 - ε)·A         ratio·A       ratio·A         a bad action
+            #
+            # (1 + ε)·A and (1 - ε)·A do not depend on the network. Their gradient is 0: the
+            # probability has changed enough. In the other two corners it has changed in the wrong
+            # direction, and the gradient leads it back. (The paper's equation 7 gives the same
+            # minimum.)
             clip_adv = tf.where(advantage >= 0, (1 + CLIP_RATIO) * advantage,
                                 (1 - CLIP_RATIO) * advantage)
             pi_loss = -tf.reduce_mean(tf.minimum(ratio * advantage, clip_adv))
 
-            # The value moves towards R. (The post's code subtracts (T, 1) from (T,), of which
-            # PyTorch makes (T, T): there each V(s) moves to the mean of all R.)
+            # V(s) moves towards R. (Not as in the post's code, which subtracts (T, 1) from (T,). Of
+            # these PyTorch makes (T, T), so that each V(s) moves to the mean of all R.)
             v_loss = V_LOSS_C * tf.reduce_mean(tf.square(returns - value[:, 0]))
 
             # The entropy is large if both actions are about equally probable. It is subtracted, as
-            # in the paper, so that it becomes larger. (The post adds it.)
+            # in the paper, so that it becomes larger. (Not as in the post, which adds it.)
             entropy = -ENT_C * tf.reduce_mean(tf.reduce_sum(pi * tf.math.log(pi + 1e-10), axis=1))
 
             total_loss = pi_loss + v_loss - entropy
         gradients = tape.gradient(total_loss, self.model.trainable_variables)
-        self.optimizer.apply(gradients)
+        self.optimizer.apply(gradients, self.model.trainable_variables)
         return tf.reduce_mean(new_log_pi - log_pi)
 
 
 def reward_modify(step, done):
-    """Return the post's reward after this number of steps. (Gym's is 1 for every step.)
+    """Return the post's reward for a step; the first one has the number 0. (gym's is always 1.)
 
-    The post says that it did not go well with gym's. For a fall its text has 0, its code -1.
+    The post says that gym's did not work well. For a fall its text has 0, its code -1.
     """
     if not done:
         return 0
-    if step >= GOOD_STEPS:
+    if step + 1 >= GOOD_STEPS:
         return 1
     return -1
 
 
 def learning_loop(agent, run, seed):
-    """Play and learn in turns. Post: 「学習ループ」."""
+    """Play and learn in turns. Post: 「学習ループ」.
+
+    `run` counts and shows the episodes, and says when learning is over: see common.Run.
+    """
     env = gym.make(ENV, disable_env_checker=True)
-    env.reset(seed=seed)                    # fixes all later resets, too
+    env.reset(seed=seed)                    # seeds all later resets, too
     memory = Memory()
     while True:
         # 1. Play an episode. The weights do not change meanwhile.
@@ -259,12 +272,13 @@ def learning_loop(agent, run, seed):
         while not done:
             action, value, log_pi = agent.get_action(state)
             next_state, _, terminated, truncated, _ = env.step(action)
-            step += 1
             done = terminated or truncated
-            memory.add(state, action, reward_modify(step, done), value, log_pi)
+            reward = reward_modify(step, done)
+            memory.add(state, action, reward, value, log_pi)
             state = next_state
+            step += 1
         run.steps += step
-        if run.finish_episode("agent", step, agent.weights):
+        if run.finish_episode("agent", step, agent.weights):    # not in the post: it may end early
             return
 
         # 2. Learn from the episode. (Then it is forgotten: the next policy is another one.)
@@ -276,7 +290,8 @@ def learning_loop(agent, run, seed):
 
 def main(argv=None):
     """Learn, then test and film what was learned. Return the exit status."""
-    parser = common.make_parser("Learn CartPole with PPO.", "ppo_cartpole", MAX_EPISODES)
+    parser = common.make_parser("Learn CartPole with PPO, then film it.", "ppo_cartpole",
+                                MAX_EPISODES)
     args = common.parse_options(parser, argv)
     if args.seed is not None:
         keras.utils.set_random_seed(args.seed)

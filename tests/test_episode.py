@@ -148,6 +148,8 @@ def test_of_many_that_win_at_once_one_alone_hands_its_weights_over(server):
     for environment in environments:
         environment.agent.brain.push_parameter_server = lambda: pushed.append(1)
         play(environment, 9)
+    is_set = server.stop.is_set
+    server.stop.is_set = lambda: is_set() or time.sleep(.001)  # then others run, too
     threads = [threading.Thread(target=e.run) for e in environments]
     for thread in threads:
         thread.start()

@@ -126,7 +126,10 @@ def test_ctrl_c_while_results_are_saved_changes_nothing(tmp_path, monkeypatch):
     keep_results = a3c.keep_results
     monkeypatch.setattr(a3c, "keep_results", press_and_keep)
     before = handlers()
-    run_a_little(tmp_path)
+    try:
+        run_a_little(tmp_path)
+    except KeyboardInterrupt:
+        pytest.fail("it was interrupted")
     assert handlers() == before
 
 
