@@ -1,25 +1,27 @@
-"""What the programs in companions/ share, and what is not their algorithm.
+"""What the programs in companions/ share and what is not their algorithm.
 
 `Run` shows, saves and tests what a program learns. `numpy_forward` lets a Keras model play fast.
-Options, signals and films are those of the main file, a3c_cartpole.py.
+All else that a program uses as common.NAME belongs to the main file, a3c_cartpole.py: options,
+signals, films. It is only passed on here.
 
-Import this file first. The main file, which it imports, makes settings that must be made before the
-imports of TensorFlow and Keras.
+A program must import this file before Keras and TensorFlow. The main file sets how they shall run
+(for example, without a GPU), and they read such settings only once, when they are imported.
 """
 import collections
 import contextlib
 import csv
+import functools
 import itertools
+import signal
 import sys
 import time
 from pathlib import Path
 
-# Find a3c_cartpole.py, wherever the program was started. What a program uses as common.NAME and is
-# not defined below comes from there.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the main file's folder
 from a3c_cartpole import (  # noqa: F401
     Episode,
     film,
+    handle_signals,
     load_weights,
     make_parser,
     one_core,
@@ -47,71 +49,90 @@ GREEN = "#009E73"
 class Run:
     """A run of a program: shows its episodes, keeps the best weights, saves them, and tests them.
 
-    run = common.Run(model, env, "PPO", args)
-    if not args.play:
-        with run:           # starts the clock and the display; at its end, also after Ctrl-C, saves
-            ...             # the program learns, counts run.steps, and calls run.finish_episode
-    return run.test(act)
+        run = common.Run(model, env, "DQN on CartPole", args)
+        if not args.play:
+            with run:
+                while not run.is_over:
+                    steps = play_and_learn()
+                    run.steps += steps
+                    run.finish_episode("agent", steps, model.get_weights())
+        status = run.test(act)
 
-    Learning ends by the main file's rule: if the mean of a worker's last ten episodes is above the
-    most steps of an episode less 1. The mean of the weights of its ten best successive episodes is
-    kept.
+    Learning is over by the main file's rule: if the last ten episodes of one worker have a mean
+    above the time limit less 1. Kept is the mean of the weights of the ten best successive episodes
+    of a worker. They are saved at the end of the `with`, also after an error or Ctrl-C.
     """
 
     def __init__(self, model, env, title, args, workers=("agent",)):
+        """Prepare a run of a Keras model. `workers` are the names of all that play."""
         self.model = model
         self.env = env                      # for the test
         self.title = title                  # of the learning curve
-        self.args = args
+        self.args = args                    # from parse_options
         self.limit = env.spec.max_episode_steps
+        self.steps = 0                      # of all workers; the program counts them
         self.history = []                   # an Episode for each one that was played to its end
-        self.steps = 0                      # of all workers
         self.is_learned = False
-        self.best_mean = -1
+        self.is_over = False                # learned, given up, or interrupted
+        self.best_mean = 0
         self.best_weights = model.get_weights()
-        self.episodes = collections.Counter()                                   # of each worker
-        self.last_steps = {name: collections.deque([0] * 10, 10) for name in workers}
-        self.last_weights = {name: collections.deque([], 10) for name in workers}
+        # Of each worker: the steps of all its episodes, and the weights of the last ten.
+        self.all_steps = {name: [] for name in workers}
+        self.last_weights = {name: collections.deque(maxlen=10) for name in workers}
         columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}")
         self.bars = Progress(*columns, disable=not rich.get_console().is_interactive)
         self.tasks = {name: self.bars.add_task(name, total=self.limit) for name in workers}
 
     def __enter__(self):
-        self.start_clock()
+        self.signals = handle_signals(self.interrupt, signal.SIGINT, signal.SIGTERM)
+        self.signals.__enter__()
         self.bars.start()
+        self.start_clock()
         return self
 
+    def interrupt(self, *_):
+        """End learning at the first Ctrl-C. A second one must not disturb the saving."""
+        if not self.is_over:
+            self.is_over = True
+            raise KeyboardInterrupt
+
     def start_clock(self):
-        """Start the clock, also once more: what was before does not count."""
+        """Start the clock. If it runs already, what was before does not count."""
         self.started = time.perf_counter()
 
     def finish_episode(self, worker, steps, weights):
         """Record an episode of so many steps, and show it. Return True if learning is over.
 
-        `weights` is a list of arrays. In a terminal each worker has a bar, elsewhere each episode
-        has a line.
+        `weights` is a list of arrays as model.get_weights() returns it. In a terminal each worker
+        has a bar, elsewhere each episode has a line.
         """
-        self.last_steps[worker].append(steps)
+        self.all_steps[worker].append(steps)
         self.last_weights[worker].append(weights)
-        mean = sum(self.last_steps[worker]) / 10
+        mean = sum(self.all_steps[worker][-10:]) / 10   # before the tenth, missing ones count as 0
         if mean >= self.best_mean:
             self.best_mean = mean
             self.best_weights = [np.mean(w, axis=0) for w in zip(*self.last_weights[worker])]
-        self.is_learned = mean > self.limit - 1
 
-        self.episodes[worker] += 1
-        e = Episode(worker, self.episodes[worker], steps, mean, self.steps)
+        e = Episode(worker, len(self.all_steps[worker]), steps, mean, self.steps)
         self.history.append(e)
         self.bars.update(self.tasks[worker], completed=mean)
         if self.bars.disable:
             say(f"{e.worker}  episode {e.episode}  steps {e.steps}"
                 f"  mean of last 10 {e.mean_of_last_10:.1f}")
-        return self.is_learned or len(self.history) == self.args.max_episodes
+
+        if mean > self.limit - 1:
+            self.is_learned = True
+        if self.is_learned or len(self.history) == self.args.max_episodes:
+            self.is_over = True
+        return self.is_over
 
     def __exit__(self, *error):
-        with uninterrupted():       # a second Ctrl-C must not lose the results
+        self.is_over = True             # from here on `interrupt` does nothing
+        try:
             self.bars.stop()
             self.save(time.perf_counter() - self.started)
+        finally:
+            self.signals.__exit__(None, None, None)
 
     def save(self, seconds):
         """Save the weights and the history, say how it went, and draw the learning curve."""
@@ -124,14 +145,17 @@ class Run:
         outcome = "learned" if self.is_learned else "not learned"
         say(f"{outcome} in {seconds:.1f} s: {self.steps} steps, {len(self.history)} episodes,"
             f" {len(self.tasks)} workers, {self.steps / seconds:.0f} steps/s")
-        draw_learning_curve(self.history, out / "learning_curve.png", self.limit, self.title)
+        try:
+            draw_learning_curve(self.history, out / "learning_curve.png", self.limit, self.title)
+        except Exception as error:      # without fonts, for example; the test is more important
+            say(f"there is no learning curve: {error}")
         say(f"weights, history and picture are in {out}")
 
     def test(self, act):
-        """Play test episodes with `act(weights, state)`, and film the first, second and ninth.
+        """Play test episodes; film the first, second and ninth. Return the exit status.
 
-        The weights are those that were learned, or those of --play. Return the exit status: 1 if
-        the program has not learned.
+        act(weights, state) returns an action. The weights are those that were saved, or those of
+        --play. The status is 1 if the program has not learned.
         """
         args = self.args
         if args.play:
@@ -153,84 +177,89 @@ class Run:
         return 0 if args.play or self.is_learned else 1
 
 
+def draw_learning_curve(history, path, limit, title):
+    """Draw a run as a PNG file: a list of Episode in the order in which they ended."""
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):     # whatever the user's settings are
+        axes = Figure(figsize=(8, 5), layout="constrained").add_subplot()
+        axes.plot([e.total_steps for e in history], [e.steps for e in history], ".", color="0.7",
+                  markersize=4, label="steps of an episode")
+        for worker in {e.worker for e in history}:
+            episodes = [e for e in history if e.worker == worker][9:]   # that have ten to average
+            axes.plot([e.total_steps for e in episodes], [e.mean_of_last_10 for e in episodes],
+                      color=BLUE, linewidth=1)
+        axes.plot([], [], color=BLUE, label="mean of a worker's last ten")
+        axes.axhline(limit - 1, color="black", linestyle="--", linewidth=1,
+                     label=f"learned if a mean is above {limit - 1}")
+        axes.set(title=title, xlabel="steps of all workers", ylabel="steps of an episode",
+                 xlim=(0, None), ylim=(0, 1.05 * limit))
+        axes.legend(fontsize="small")
+        axes.figure.savefig(path)
+
+
 # == Keras models in NumPy =========================================================================
-
-def softmax(z):
-    exp_z = np.exp(z - z.max(axis=-1, keepdims=True))       # - max: it cannot overflow
-    return exp_z / exp_z.sum(axis=-1, keepdims=True)
-
-
-ACTIVATIONS = {"linear": lambda z: z, "relu": lambda z: np.maximum(z, 0), "tanh": np.tanh,
-               "sigmoid": lambda z: .5 + .5 * np.tanh(z / 2), "softmax": softmax}
-
-
-def dense(activation):
-    return lambda x, kernel, bias: activation(x @ kernel + bias)
-
-
-def normalize(x, mean, variance, _count):
-    return (x - mean) / np.sqrt(variance)
-
 
 def numpy_forward(model):
     """Return forward(weights, x), which computes in NumPy what a Keras model computes.
 
-    `weights` is a list of arrays as model.get_weights() returns it; x is one input or a batch. For
-    one input this takes 10 µs, model(x) 100 times as long. It returns one output, or a list of all.
-    The model is a chain of Dense, Normalization and Dropout layers (Dropout does nothing here); if
-    it has several outputs, they are the last Dense layers, in their order.
+    `weights` is a list of arrays as model.get_weights() returns it. x is one input (n,) or a batch
+    (B, n), the output is (m,) or (B, m). If the model has several outputs, forward returns a list.
+    For one input it takes about 10 µs, model(x) 100 times as long.
+
+    The model may have Dense, Normalization and Dropout layers. Dropout does nothing here.
     """
-    steps = []      # what each layer does, and its number of weights
+    steps = []      # of each layer: what it does, its number of weights, its input, its output
     for layer in model.layers:
-        if isinstance(layer, keras.layers.Dense):
-            steps.append((dense(ACTIVATIONS[layer.activation.__name__]), 2))
-        elif isinstance(layer, keras.layers.Normalization):
-            steps.append((normalize, 3))
-        elif not isinstance(layer, (keras.layers.Dropout, keras.layers.InputLayer)):
-            raise TypeError(f"numpy_forward: unknown layer {type(layer).__name__}")
-    n_hidden = len(steps) - len(model.outputs)
+        kind = type(layer)
+        if kind is keras.layers.InputLayer:
+            continue
+        if kind is keras.layers.Dense and layer.activation in ACTIVATIONS:
+            function = functools.partial(dense, ACTIVATIONS[layer.activation])
+        elif kind is keras.layers.Normalization:
+            function = normalize
+        elif kind is keras.layers.Dropout:
+            function = dropout
+        else:
+            raise TypeError(f"numpy_forward cannot compute {layer.name}, a {kind.__name__} layer")
+        steps.append((function, len(layer.weights), id(layer.input), id(layer.output)))
+    [model_input] = model.inputs
+    model_outputs = [id(output) for output in model.outputs]
 
     def forward(weights, x):
-        outputs = []
+        values = {id(model_input): x}
         weights = iter(weights)
-        for i, (step, n_weights) in enumerate(steps):
-            y = step(x, *itertools.islice(weights, n_weights))
-            if i < n_hidden:
-                x = y
-            else:
-                outputs.append(y)
-        return outputs if len(outputs) > 1 else y
+        for function, n_weights, source, target in steps:
+            values[target] = function(values[source], *itertools.islice(weights, n_weights))
+        outputs = [values[output] for output in model_outputs]
+        return outputs if len(outputs) > 1 else outputs[0]
 
     return forward
 
 
-# ==================================================================================================
+def dense(activation, x, kernel, bias=0):
+    """Compute a Dense layer: x (n,) or (B, n), kernel (n, m), bias (m,) → (m,) or (B, m)."""
+    return activation(x @ kernel + bias)
 
-@matplotlib.rc_context(matplotlib.rcParamsDefault)      # whatever the user's matplotlibrc says
-def draw_learning_curve(history, path, limit, title):
-    """Draw each episode, and each worker's mean of its last 10, over the steps of all workers."""
-    axes = Figure(figsize=(8, 5), layout="constrained").add_subplot()
-    axes.plot([e.total_steps for e in history], [e.steps for e in history], ".", color="0.7",
-              markersize=3 if len(history) > 200 else 7, label="an episode")
-    axes.axhline(limit - 1, color="black", linestyle="--", linewidth=1,
-                 label=f"learned above {limit - 1}")
-    curves = collections.defaultdict(list)      # of each worker
-    for e in history:
-        if e.episode >= 10:                     # before, its mean still contains zeros
-            curves[e.worker].append(e)
-    label = "a worker's mean of its last 10" if len(curves) > 1 else "mean of the last 10"
-    for episodes in curves.values():
-        is_winner = len(curves) > 1 and episodes[-1].mean_of_last_10 > limit - 1
-        axes.plot([e.total_steps for e in episodes], [e.mean_of_last_10 for e in episodes],
-                  color=ORANGE if is_winner else BLUE, linewidth=2.5 if is_winner else 1,
-                  zorder=3 if is_winner else 2,
-                  label="the one that has learned" if is_winner else label)
-        if not is_winner:
-            label = None        # one entry of the legend is enough
-    if not curves:
-        axes.text(.5, .5, "no mean yet: no worker has played ten episodes", ha="center",
-                  transform=axes.transAxes)
-    axes.set(title=title, xlim=(0, None), xlabel="steps played",
-             ylim=(0, 1.05 * limit), ylabel="steps of an episode")
-    axes.legend(fontsize="small")
-    axes.figure.savefig(path)
+
+def normalize(x, mean, variance, _count):
+    """Compute a Normalization layer, with the mean (n,) and variance (n,) of what it has seen."""
+    return (x - mean) / np.maximum(np.sqrt(variance), keras.config.epsilon())
+
+
+def dropout(x):
+    """Return x: while a model plays, it drops nothing."""
+    return x
+
+
+def softmax(z):
+    """Turn numbers (m,) or (B, m) into probabilities."""
+    exp_z = np.exp(z - z.max(axis=-1, keepdims=True))       # - max: it cannot overflow
+    return exp_z / exp_z.sum(axis=-1, keepdims=True)
+
+
+ACTIVATIONS = {
+    keras.activations.linear: lambda z: z,
+    keras.activations.relu: lambda z: np.maximum(z, 0),
+    keras.activations.tanh: np.tanh,
+    keras.activations.sigmoid: lambda z: .5 + .5 * np.tanh(z / 2),      # cannot overflow, either
+    keras.activations.softmax: softmax,
+}

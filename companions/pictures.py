@@ -191,8 +191,7 @@ def play(model, weights, title):
 
 
 def draw_panel(frame, title, text, is_over=False):
-    """Draw the lower part of gym's picture (400, 600, 3), with a title. If it is over, it is pale.
-    """
+    """Draw the lower part of gym's picture (400, 600, 3), pale if the episode is over."""
     width, height = PANEL
     frame = Image.fromarray(frame[120:]).resize((width, height - HEAD), Image.Resampling.LANCZOS)
     if is_over:

@@ -142,14 +142,19 @@ def test_winner_hands_over_the_mean_of_its_ten_theta(server):
         np.testing.assert_allclose(weight, np.mean(range(2, 12)))
 
 
+class SlowList(list):
+    def append(self, item):
+        time.sleep(.2)  # let other threads run
+        super().append(item)
+
+
 def test_of_many_that_win_at_once_one_alone_hands_its_weights_over(server):
     environments = [make_environment(server, 200, f"local_thread{i}") for i in range(6)]
     pushed = []
     for environment in environments:
         environment.agent.brain.push_parameter_server = lambda: pushed.append(1)
         play(environment, 9)
-    is_set = server.stop.is_set
-    server.stop.is_set = lambda: is_set() or time.sleep(.001)  # then others run, too
+    server.history = SlowList(server.history)
     threads = [threading.Thread(target=e.run) for e in environments]
     for thread in threads:
         thread.start()
