@@ -183,7 +183,7 @@ def draw_learning_curve(history, path, limit, title):
         axes = Figure(figsize=(8, 5), layout="constrained").add_subplot()
         axes.plot([e.total_steps for e in history], [e.steps for e in history], ".", color="0.7",
                   markersize=4, label="steps of an episode")
-        for worker in {e.worker for e in history}:
+        for worker in sorted({e.worker for e in history}):
             episodes = [e for e in history if e.worker == worker][9:]   # that have ten to average
             axes.plot([e.total_steps for e in episodes], [e.mean_of_last_10 for e in episodes],
                       color=BLUE, linewidth=1)
