@@ -52,8 +52,9 @@ def quick_start():
 
 if __name__ == "__main__":
     quick_start()
-if mp.parent_process():         # This is one of the processes that learn.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # The main process obeys Ctrl-C, and ends it.
+IS_LEARNING_PROCESS = mp.current_process().name.startswith("process_")
+if IS_LEARNING_PROCESS:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # The main process obeys Ctrl-C, and ends this.
 
 import common
 
@@ -350,7 +351,7 @@ class StackEnv(gym.Wrapper):
 
 def main(argv=None):
     """Learn, keep what was learned, play with it; return the exit status."""
-    if mp.parent_process():
+    if IS_LEARNING_PROCESS:
         print('error: call main below `if __name__ == "__main__":`, because each process runs your'
               " script, too", file=sys.stderr, flush=True)
         sys.exit(1)
