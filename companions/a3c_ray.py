@@ -9,14 +9,10 @@ server is one more process, and the workers call its methods through Ray (https:
                                                                     # one of its machines
     python companions/a3c_ray.py --address ray://192.168.0.1:10001  # the same from elsewhere
 
-Start a cluster by `ray start --head` on one machine, and `ray start --address=HOST:6379` on the
-others. Each machine needs the same Python, Ray, and the packages of the main file.
-
-Read a3c_cartpole.py first. Its WorkerThread, Environment, Agent and LocalBrain run here unchanged.
-In the main file, they reach the parameter server as an object in memory. Here they reach a
-RemoteServer. It has what they use of a ParameterServer, answers some of it from its own memory
-(weights, frames, stop), and sends the rest to the server's process. Look first at the two methods
-that make one update, with the numbers of the main file:
+companions/README.md says how to start a cluster. Read a3c_cartpole.py first. Its WorkerThread,
+Environment, Agent and LocalBrain run here unchanged. In the main file they call the methods of the
+ParameterServer. Here the parameter server is in another process, and each worker has a RemoteServer
+in its place, which sends these calls there. One update, with the numbers of the main file:
 
     a worker's process                                      the server's process
     6. LocalBrain computes gradients with θ'
@@ -26,25 +22,23 @@ that make one update, with the numbers of the main file:
 
 Words of Ray: an actor is a process that holds one object and runs its methods when other processes
 call them. (It is not the actor of Actor-Critic.) Here the server is an actor, and so is each
-worker. A handle stands for an actor in the processes that call it. `method.remote(...)` sends a
-call and returns at once, with a reference to the result; `ray.get` waits for the result. The driver
-is this program, which you start and which shows the progress.
+worker. A handle stands for an actor in the processes that call it. `handle.method.remote(...)`
+sends a call and returns at once, with a reference to the result; `ray.get` waits for the result.
+The driver is the program that you start. It shows the progress.
 
 What differs from the main file:
 - A worker learns what the others have done (steps, updates, the end of learning) only from the
-  server's answers: before its first step, and after each of its updates. After the end it may begin
-  one more episode.
-- The server runs one call at a time, so two updates never meet, and its lock is always free.
+  server's answers, before its first step and after each of its updates. So after the end it may
+  begin one more episode.
+- Two updates never meet, because the server answers one call after another.
 - If a worker is lost, for example with its machine, the others go on: A3C loses only what this one
   would have played. If the server is lost, the run ends, and the weights seen last are saved.
-As in the main file, --seed repeats a run only if there is one worker.
 """
 import logging
 import os
 import signal
 import socket
 import sys
-import threading
 
 import common
 
@@ -52,57 +46,95 @@ import a3c_cartpole as a3c
 
 import gymnasium as gym
 
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")     # print no line of the workers' logs
+# Ray reads these settings at its import.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")     # no lines of Ray's about lost workers
+os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "10")    # try for 10 s to connect
+os.environ.setdefault("RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S", "5")   # with ray://: for 3 times 5 s
 try:
     import ray
 except ImportError:
-    print("error: Ray is not installed. Install it by: pip install 'ray>=2.50,<3'", file=sys.stderr)
-    sys.exit(2)
-
-LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError,
-        ray.exceptions.RuntimeEnvSetupError)
+    ray = None      # start_ray says how to install it
 
 
-# A class of actors: Server.remote(...) starts a process with a Server in it. Ray only counts CPUs;
-# the server takes none, so that it starts in any case.
-@ray.remote(num_cpus=0)
-class Server(a3c.ParameterServer):
-    """The parameter server. It inherits θ, apply_gradients and record from the main file.
+def learn(run, names, args, learning_rate):
+    """Start the processes, let the workers play until learning is over, and show it."""
+    # M0. Start the server's process. `ray.remote` makes a class of actors, and its `remote` starts
+    #     a process with an object of the class. num_cpus=0: Ray starts it even if other programs
+    #     have taken all CPUs of the cluster. (Ray only counts CPUs.)
+    server_class = ray.remote(num_cpus=0)(Server)
+    server = server_class.remote(args.seed, args.max_episodes, learning_rate)
 
-    Another process cannot read its attributes. It can only call its methods, and gets a copy of
-    what they return. So `update` also returns everything that a worker must know to play on.
+    # M1. Start the workers' processes, on any machines with free CPUs. The handles are kept in a
+    #     list, because Ray ends an actor when no handle is left.
+    worker_class = ray.remote(num_cpus=1)(Worker)
+    workers = [worker_class.remote() for _ in names]
+
+    # M2. Let them play. Each worker gets the server's handle, so that it can call the server.
+    results = {name: worker.run.remote(name, server, args.seed, args.env)
+               for name, worker in zip(names, workers)}
+
+    # Not in the main file: ask the server for news, five times a second.
+    playing = {result: name for name, result in results.items()}
+    is_over = False
+    while playing and not is_over:
+        ended, _ = ray.wait(list(playing), timeout=.2)      # until a worker has ended, or .2 s
+        is_over = take_news(server, run)                    # fails if the server is lost
+        for result in ended:
+            name = playing.pop(result)
+            try:
+                ray.get(result)                             # fails if the worker is lost
+            except lost_errors() as error:
+                common.say(f"{name} is lost: {reason(error)}")
+
+    # M3. Only the winner has something to hand over. The end of the program ends the others.
+    if run.is_learned:
+        winner = run.history[-1].worker
+        try:
+            run.best_weights = ray.get(results[winner], timeout=10)
+        except lost_errors():
+            common.say("the winner is lost: kept is the mean of the last ten θ that were seen here")
+    elif not is_over:
+        print("error: all workers are lost", file=sys.stderr)
+
+
+def take_news(server, run):
+    """Ask the server for the episodes that the driver does not know. Return True if it has ended.
+
+    `run` applies the same rule to the same episodes as the workers do, so both agree. Its own mean
+    of weights, of θ up to .2 s late, is kept only if the winner is lost.
     """
-
-    def update(self, gradients, steps):
-        """Apply gradients of a worker, which has played `steps` steps since its last ones."""
-        self.frames += steps
-        self.apply_gradients(gradients)         # 8. θ changes
-        return self.state()
-
-    def state(self):
-        """Return what a worker must know before it plays on: θ, frames, and whether to stop."""
-        return self.weights, self.frames, self.stop.is_set()
-
-    def news(self, known):
-        """Return the state, and the episodes after the first `known` ones."""
-        return self.state(), self.history[known:]
+    (weights, frames, stop), episodes = ray.get(server.news.remote(len(run.history)))
+    if frames == 0:
+        run.start_clock()       # the clock starts with the first update
+    for e in episodes:
+        run.steps = e.total_steps
+        run.finish_episode(e.worker, e.steps, weights)
+    run.steps = frames
+    return stop
 
 
-class RemoteServer:
-    """Stands in for the parameter server in a worker's process.
+class Worker:
+    """A worker as an actor: a process in which the main file's WorkerThread runs."""
 
-    It has all that the main file's other classes use of a ParameterServer. What would change the
-    parameter server is passed on to it: `self.server.update.remote(...)` sends the call to the
-    server's process, and `ray.get` waits for the answer.
+    def run(self, name, server, seed, env_name):
+        """Play until learning is over. Return the weights to keep if this worker is the winner."""
+        remote_server = RemoteServer(server, seed)
+        # run() and not start(): no new thread is needed in this process.
+        a3c.WorkerThread(name, remote_server, env_name).run()
+        return remote_server.weights if remote_server.is_learned else None
+
+
+class RemoteServer(a3c.ParameterServer):
+    """A worker's stand-in for the parameter server.
+
+    For the main file's classes it is a ParameterServer. But its `weights`, `frames` and `stop` are
+    only what the server has answered last, and what would change them is sent to the server.
     """
 
     def __init__(self, server, seed):
-        self.server = server            # the handle of the server's actor
-        self.seed = seed                # for Agent
-        self.stop = threading.Event()   # for WorkerThread
-        self.compiled_gradients = a3c.ParameterServer().compiled_gradients      # (only for these)
+        super().__init__(seed)      # makes `compiled_gradients`, which need not be sent
+        self.server = server        # the handle of the server's actor
         self.steps_since_update = 0
-        self.is_winner = False
         self.take(ray.get(self.server.state.remote()))      # the first θ
 
     def apply_gradients(self, gradients):
@@ -131,74 +163,41 @@ class RemoteServer:
         Environment.finish_episode then calls push_parameter_server, which puts the weights to keep
         into `self.weights`. Worker.run returns them.
         """
-        self.is_winner = ray.get(self.server.record.remote(episode, has_learned))
-        if self.is_winner:
+        self.is_learned = ray.get(self.server.record.remote(episode, has_learned))
+        if self.is_learned:
             self.stop.set()
-        return self.is_winner
+        return self.is_learned
 
 
-@ray.remote(num_cpus=1)
-class Worker:
-    """A worker as an actor: a process in which the main file's WorkerThread runs."""
+class Server(a3c.ParameterServer):
+    """The parameter server as an actor, with θ, apply_gradients and record of the main file.
 
-    def run(self, name, server, seed, env_name):
-        """Play until learning is over. Return the weights to keep if this worker is the winner."""
-        remote_server = RemoteServer(server, seed)
-        # run() and not start(): no new thread is needed in this process.
-        a3c.WorkerThread(name, remote_server, env_name).run()
-        return remote_server.weights if remote_server.is_winner else None
-
-
-def learn(run, names, args, learning_rate):
-    """Start the processes, let the workers play until learning is over, and show it."""
-    # M0 and M1. Start the processes, on any machines with free CPUs. `remote` returns a handle.
-    server = Server.remote(args.seed, args.max_episodes, learning_rate)
-    workers = [Worker.remote() for _ in names]      # kept, because Ray ends an actor without handle
-
-    # M2. Let them play. Each worker gets the server's handle, so that it can call the server.
-    results = {name: worker.run.remote(name, server, args.seed, args.env)
-               for name, worker in zip(names, workers)}
-
-    # Not in the main file: ask the server for news, five times a second.
-    playing = {result: name for name, result in results.items()}
-    is_over = False
-    while playing and not is_over:
-        ended, _ = ray.wait(list(playing), timeout=.2)      # until a worker has ended, or .2 s
-        is_over = take_news(server, run)                    # (fails if the server is lost)
-        for result in ended:
-            name = playing.pop(result)
-            try:
-                ray.get(result)                             # fails if the worker is lost
-            except LOST as error:
-                print(f"{name} is lost: {reason(error)}", flush=True)
-
-    # M3. Only the winner has something to hand over; ray.shutdown ends the others.
-    if run.is_learned:
-        try:
-            run.best_weights = ray.get(results[run.history[-1].worker], timeout=10)
-        except (*LOST, ray.exceptions.GetTimeoutError):
-            print("the winner is lost: kept is the mean of the last ten θ seen here", flush=True)
-    elif not is_over:
-        print("error: all workers are lost", file=sys.stderr)
-
-
-def take_news(server, run):
-    """Ask the server for the episodes that the driver does not know. Return True if it has ended.
-
-    The driver's Run applies the same rule to the same episodes as the workers do, so both agree.
-    Its own mean of weights, of θ up to .2 s late, is kept only if the winner is lost.
+    Another process cannot read its attributes. It can only call its methods, and gets a copy of
+    what they return. So `update` also returns everything that a worker must know to play on.
     """
-    (weights, frames, stop), episodes = ray.get(server.news.remote(len(run.history)))
-    if frames == 0:
-        run.start_clock()       # the clock starts with the first update
-    for e in episodes:
-        run.steps = e.total_steps
-        run.finish_episode(e.worker, e.steps, weights)
-    run.steps = frames
-    return stop
+
+    def update(self, gradients, steps):
+        """Apply gradients of a worker, which has played `steps` steps since its last ones."""
+        self.frames += steps
+        self.apply_gradients(gradients)         # 8. θ changes
+        return self.state()
+
+    def state(self):
+        """Return what a worker must know before it plays on: θ, frames, and whether to stop."""
+        return self.weights, self.frames, self.stop.is_set()
+
+    def news(self, known):
+        """Return the state, and the episodes after the first `known` ones."""
+        return self.state(), self.history[known:]
 
 
-# == Not needed to understand A3C with Ray: options, starting Ray, test ============================
+# == Not needed to understand A3C with Ray: errors, starting Ray, options, test ====================
+
+def lost_errors():
+    """Return the errors by which `ray.get` says that an actor is lost, or does not answer."""
+    return (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError,
+            ray.exceptions.RuntimeEnvSetupError, ray.exceptions.GetTimeoutError)
+
 
 def reason(error):
     """Return the last line of an error of Ray, which says why, up to its first full stop."""
@@ -207,24 +206,40 @@ def reason(error):
 
 def start_ray(args):
     """Start Ray on this machine, or connect to a cluster. If this fails, end with status 2."""
+    if ray is None:
+        refuse("Ray is not installed. Install it by: python -m pip install 'ray>=2.50,<3'")
     options = {"num_cpus": args.workers} if args.address == "local" else {}
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
-        if args.address not in ("local", "auto"):       # Ray itself would try for long
-            host, _, port = args.address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, port), timeout=5).close()
+        check_address(args.address)
         # Ray sends the main file to the workers. (It sends the classes of this file by itself.)
         ray.init(args.address, log_to_driver=False, logging_level=logging.CRITICAL,
                  runtime_env={"py_modules": [a3c.__file__]}, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        print(f"error: argument --address: no Ray at {args.address!r}:"
-              f" {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    # Let SIGTERM be like Ctrl-C again. Ray has put something else there.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    free = int(ray.available_resources().get("CPU", 0))
-    if free < args.workers:
-        print(f"{args.workers} workers need a CPU each; {free} of the cluster's are free: waiting",
-              flush=True)
+        message = " ".join(str(error).split())      # in one line
+        refuse(f"argument --address: cannot use Ray at {args.address!r}: {message}")
+    signal.signal(signal.SIGTERM, sigterm_handler)      # Ray has put one of its own there
+    free_cpus = int(ray.available_resources().get("CPU", 0))
+    if free_cpus < args.workers:
+        common.say(f"{free_cpus} CPUs of the cluster are free. Each of the {args.workers} workers"
+                   " needs one. The workers without a CPU wait until one is free.")
+
+
+def check_address(address):
+    """Raise an error at once where Ray itself would try for long: up to minutes."""
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    right_address = {"6379": f"{host}:6379", "10001": f"ray://{host}:10001"}    # Ray's usual ports
+    if address != right_address.get(port, address):
+        raise ValueError(f"this is the port of {right_address[port]}")
+    socket.create_connection((host, port), timeout=5).close()
+
+
+def refuse(message):
+    """Say in one line why the program cannot start, and end it with exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv=None):
@@ -233,8 +248,8 @@ def main(argv=None):
                                 "a3c_ray", a3c.MAX_EPISODES)
     parser.add_argument("--env", default=a3c.ENV, choices=["CartPole-v0", "CartPole-v1"],
                         help="episodes of at most 200 or 500 steps")
-    parser.add_argument("--workers", type=a3c.positive_number, metavar="N",
-                        default=max(2, min(8, os.cpu_count() - 1)),
+    parser.add_argument("--workers", type=common.positive_number, metavar="N",
+                        default=max(2, min(8, os.cpu_count() - 1)),     # 1 core: server and driver
                         help="learning processes; each needs a CPU")
     parser.add_argument("--address", default="local",
                         help="a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; or local, which"
@@ -242,9 +257,8 @@ def main(argv=None):
     args = common.parse_options(parser, argv)
 
     learning_rate = a3c.LEARNING_RATE_V1 if args.env == "CartPole-v1" else a3c.LEARNING_RATE
-    own = a3c.ParameterServer()         # the driver's own, for its Keras model
+    own = a3c.ParameterServer(args.seed)        # the driver's own, for its Keras model
     a3c.check_predict(own)
-    brain = a3c.LocalBrain(own)
     names = [f"worker_{i + 1}" for i in range(args.workers)]
     run = common.Run(own.model, gym.make(args.env, render_mode="rgb_array"),
                      f"A3C with Ray, {args.env}, {args.workers} processes", args, names)
@@ -253,14 +267,16 @@ def main(argv=None):
         try:
             with run:
                 learn(run, names, args, learning_rate)
-        except LOST as error:
+        except lost_errors() as error:
             sys.exit(f"error: the server is lost, and with it the run: {reason(error)}")
         finally:
-            ray.shutdown()
+            with common.uninterrupted():        # otherwise a second Ctrl-C could leave processes
+                ray.shutdown()
+    forward = common.numpy_forward(own.model)
 
     def act(weights, s):
-        brain.weights = weights
-        return int(brain.predict_p(s).argmax())
+        p, _ = forward(weights, s)
+        return int(p.argmax())          # the more probable action
 
     return run.test(act)
 
