@@ -149,9 +149,11 @@ class Memory:
         The advantages are standardized (標準化): their mean becomes 0, their variance 1. From here
         on "better" means better than the mean of this episode, no longer better than V expected.
         """
-        # Not as in the post: std divides by T. PyTorch's divides by T - 1, and gives NaN if T is 1.
+        # PyTorch's standard deviation divides by T - 1: ddof=1. (Not in the post: with one step it
+        # is 0, not 0/0.)
         advantage = self.advantage_lst
-        advantage = (advantage - advantage.mean()) / (advantage.std() + ADV_EPS)
+        std = advantage.std(ddof=1) if len(advantage) > 1 else 0
+        advantage = (advantage - advantage.mean()) / (std + ADV_EPS)
         batch = (np.array(self.state_lst, np.float32),      # (T, 4)
                  np.array(self.action_lst, np.int32),       # (T,)
                  np.array(self.log_pi_lst, np.float32),     # (T,)
@@ -169,6 +171,8 @@ class Agent:
         self.weights = model.get_weights()              # those with which it plays
         self.forward = common.numpy_forward(model)      # the model in NumPy, without dropout
         self.optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=1e-8)     # PyTorch's ε
+        # Make Adam's own variables now. Otherwise the first call compiles `train` twice.
+        self.optimizer.build(model.trainable_variables)
 
     def get_action(self, state):
         """Draw an action for a state (4,). Return it with V(s) and log π(a|s)."""
@@ -240,7 +244,7 @@ class Agent:
 
             total_loss = pi_loss + v_loss - entropy
         gradients = tape.gradient(total_loss, self.model.trainable_variables)
-        self.optimizer.apply(gradients, self.model.trainable_variables)
+        self.optimizer.apply(gradients)
         return tf.reduce_mean(new_log_pi - log_pi)
 
 
