@@ -4,15 +4,15 @@
     uv run a3c_cartpole.py      # the same, and installs what it needs first
 
 A3C is Asynchronous Advantage Actor-Critic:
-- Actor-Critic: a network has two outputs. The actor (Policy-Based) gives p, the probability of each
-  action. The critic (Value-Based) gives V(s), the discounted sum of the rewards that it expects
-  from the state s on.
-- Advantage: R - V(s), how much better an action turned out than the critic expected. R is the
-  n-step return: the next n rewards, and what the critic expects after them. If the advantage is
-  above 0, the actor makes this action more probable, if below 0, less probable. (The article's
-  section 「Advantage」 explains only R: to look n steps ahead.)
-- Asynchronous: eight threads each play a CartPole of their own and improve one shared network. No
-  thread waits until another has played its steps.
+- Actor-Critic (see loss_total): a network has two outputs. The actor (Policy-Based) gives p, the
+  probability of each action. The critic (Value-Based) gives V(s), the discounted sum of the rewards
+  that it expects from the state s on.
+- Advantage (see Agent.advantage_push_local_brain): R - V(s), how much better an action turned out
+  than the critic expected. R is the n-step return: the next n rewards, and what the critic expects
+  after them. If the advantage is above 0, the actor makes this action more probable, if below 0,
+  less probable. (The article's section 「Advantage」 explains only R, not the difference.)
+- Asynchronous (see ParameterServer): eight threads each play a CartPole of their own and improve
+  one shared network. No thread waits until another has played its steps.
 
 The parameter server keeps θ, the weights of the shared network. θ' is a thread's copy. Each thread
 repeats the nine steps of the article's list:
@@ -20,8 +20,8 @@ repeats the nine steps of the article's list:
     1. copy the shared weights: θ' ← θ                 LocalBrain.pull_parameter_server
     2. choose an action a in the state s, using θ'     Agent.act
     3. do it, which gives a reward and a new state     Environment.run
-    4. remember it; it becomes a sample when its       Agent.advantage_push_local_brain
-       n = 5 rewards are known, or at the end
+    4. remember it; when n = 5 rewards from it on      Agent.advantage_push_local_brain
+       are known, or at the end, it is a sample
     5. repeat 2 to 4, T_MAX = 10 times or until the    Environment.run
        episode ends
     6. compute the gradients of the loss, using θ'     loss_gradients, loss_total
@@ -82,9 +82,8 @@ LOSS_V = .5             # coefficient of the value loss
 LOSS_ENTROPY = .01      # coefficient of the entropy
 
 # -- constants of ParameterServer
-LEARNING_RATE = 5e-3
-LEARNING_RATE_V1 = 2e-3 # not in the article: with 5e-3 CartPole-v1 is learned and then forgotten
-RMSPROP_DECAY = .99     # how much of its old value RMSProp's mean keeps at each update
+LEARNING_RATE = 5e-3    # (CartPole-v1 has its own: see read_options)
+RMSPROP_DECAY = .99     # RMSProp's mean squares keep 99 % of their old value at each update
 
 # -- constants of Advantage: see Agent.advantage_push_local_brain
 GAMMA = .99             # γ
@@ -94,14 +93,13 @@ GAMMA_N = GAMMA ** N_STEP_RETURN
 # -- constants of the threads
 N_WORKERS = 8           # learning threads
 T_MAX = 10              # steps of a thread between two of its updates, at most (article: Tmax)
+MAX_EPISODES = 20_000   # of all threads together; not in the article
 
 # -- constants of ε-greedy (ε-greedy法): with probability ε an action is random, and p is ignored.
-# The paper's A3C has no ε.
+# (This is the article's. The paper's A3C has no ε: to draw with p tries both actions, too.)
 EPS_START = .5
 EPS_END = 0.
 EPS_STEPS = 200 * N_WORKERS     # after this number of steps, of all threads together, ε is EPS_END
-
-MAX_EPISODES = 20_000   # of all threads together; not in the article
 
 
 def main(argv=None):
@@ -110,9 +108,8 @@ def main(argv=None):
 
     # M0. The parameter server holds what all threads share, also what the article has as globals,
     #     frames and isLearned. It is only an object in memory, not a thread or another computer.
-    learning_rate = LEARNING_RATE_V1 if args.env == "CartPole-v1" else LEARNING_RATE
-    parameter_server = ParameterServer(args.seed, args.max_episodes, learning_rate)
-    check_predict(parameter_server)
+    parameter_server = ParameterServer(args.seed, args.max_episodes, args.learning_rate)
+    check_predict(parameter_server)                 # its Keras model and LocalBrain.predict agree
 
     if args.play:                                   # not in the article
         parameter_server.weights = load_weights(parameter_server.model, args.play)
@@ -133,7 +130,7 @@ def learn(parameter_server, workers, out):
     try:
         # M2. Start the threads. start() returns at once, and worker.run runs in the new thread.
         #     From now on Python may switch at any moment between these threads and this one.
-        with one_core():                            # only for speed
+        with one_core():                            # faster, as Python runs one at a time
             for worker in workers:
                 worker.start()
         show_progress(parameter_server, workers)    # until learning is over
@@ -173,13 +170,10 @@ class Environment:
         self.thread_type = thread_type                          # "learning" or "test"
         self.parameter_server = parameter_server
         self.agent = Agent(name, thread_type, parameter_server)
-        if env is None:
-            env = gym.make(env_name, disable_env_checker=True)  # the checker takes time
-            env.reset(seed=self.agent.rng.getrandbits(31))      # seeds all later resets, too
-        self.env = env
+        self.env = env or make_env(env_name, self.agent.rng.getrandbits(31))
         self.max_steps = self.env.spec.max_episode_steps        # 200 (CartPole-v1: 500)
         self.total_reward_vec = np.zeros(10)                    # steps of the last ten episodes
-        self.last_weights = collections.deque(maxlen=10)        # θ' after each of them
+        self.last_weights = collections.deque(maxlen=10)        # θ' pulled after each of them
         self.count_trial_each_thread = 0                        # episodes
 
     def run(self):
@@ -192,10 +186,10 @@ class Environment:
         done = False
         while not done:
             a = agent.act(s)                                    # 2. choose a, using θ'
-            s_, _, terminated, truncated, _ = self.env.step(a)  # 3. do a; it leads to s' and r
+            s_, _, terminated, truncated, _ = self.env.step(a)  # 3. do a, which leads to s'
             step += 1
             done = terminated or truncated
-            r = self.reward(step, done)                         #    (in place of gym's reward)
+            r = self.reward(step, done)                         #    and to r (not gym's)
             if done:
                 s_ = None                                       #    (no state follows the end)
             if is_learning:
@@ -213,8 +207,8 @@ class Environment:
         """Return the article's reward for a step. (gym's is 1 for every step.)
 
         It is 0 until the episode ends. So a correct V(s) lies between -1 and 1, and is near -1
-        shortly before a fall. At the time limit, too, the episode ends, and no V(s') follows.
-        (Strictly, the game goes on there, and V(s') should follow.)
+        shortly before a fall. (The time limit counts as an end, too, although the pole still
+        stands. Strictly, V(s') should follow there.)
         """
         if not done:
             return 0
@@ -232,8 +226,8 @@ class Environment:
                           self.parameter_server.frames)
         is_winner = self.parameter_server.record(episode, bool(mean > self.max_steps - 1))
         if is_winner:
-            # Not in the article, which hands over the last θ'. With the mean of the ten, weight by
-            # weight, the pole falls less often.
+            # Not in the article, which hands over the last θ'. With the mean of these ten θ' the
+            # pole falls less often.
             brain = self.agent.brain
             brain.weights = [np.mean(arrays, axis=0) for arrays in zip(*self.last_weights)]
             brain.push_parameter_server()
@@ -254,8 +248,8 @@ class Agent:
         """Choose an action in the state s (4,).
 
         With probability ε it is random. Otherwise it is drawn with the probabilities p, so the
-        action that seems worse is tried, too, only less often. (The article calls it 最適行動, the
-        best action. Always to take the best is Q-learning's way, which therefore needs ε.)
+        action that seems worse is tried, too, only less often. (The article calls the drawn action
+        最適行動, the best one. Q-learning takes the best one, and therefore needs ε.)
         """
         p = self.brain.predict_p(s)
         if self.thread_type == "test":
@@ -272,38 +266,34 @@ class Agent:
     def advantage_push_local_brain(self, s, a, r, s_):
         """4. Remember a step, and hand the brain the samples that are complete now.
 
-        Article: 「Advantage」. The n-step return R says how good it was to do a in s. s' is the
-        state n steps later.
+        Article: 「Advantage」. A sample has no advantage yet, only R_n. Its s' is n steps after s.
 
             R_n = r(t) + γ·r(t+1) + … + γ^(n-1)·r(t+n-1)       summed here
-            R   = R_n + γ^n·V(s')                              in LocalBrain.update_parameter_server
+            R   = R_n + γ^n·V(s')                              made by LocalBrain, which knows V
 
         (Where the article prints γ·r(t), read γ·r(t+1).) During an episode all rewards are 0, so R
-        is γ^n·V(s'). At its end (終端, s_ is None) nothing follows, so the last n steps have only
-        the rewards that are left: after a fall -1 for the last step, -γ for the step before it, …
-        -γ^(n-1); if the episode reaches step 199, the same with +1. With n = 5 and T_MAX = 10, in
-        an episode of 23 steps:
+        is γ^n·V(s'). At its end (終端, s_ is None) nothing follows. After a fall R is -1 for the
+        last step, and -γ, -γ^2, … for the n - 1 steps before it; after step 199 the same with +1.
 
-            after step    samples of steps    still in the memory    then
-            10            1 to 6              7 to 10                update, with 6 samples
-            20            7 to 16             17 to 20               update, with 10 samples
-            23            17 to 23            nothing                update, with 7 samples
+        Do not mix up n and T_MAX. The update after step T_MAX = 10 has the samples of steps 1 to 6.
+        Steps 7 to 10 wait for more rewards, and are in the update after step 20.
 
         Why n = 5? With n = 1, each update carries the effect of a fall only one step back. With
         n = 50, R depends on which fifty actions happened to be drawn, and says little about the
-        first of them. (The article's reason, an unfinished Q, is Q-learning's. The paper has no n:
-        each sample looks ahead to the last step of its batch.)
+        first of them. 5 is in between. (The article's reason, that an unfinished Q chooses the
+        later actions, is about Q-learning. In the paper n is not fixed: each sample looks ahead to
+        the end of its batch.)
         """
         a_cats = np.zeros(NUM_ACTIONS)      # a as one-hot
         a_cats[a] = 1
         self.memory.append((s, a_cats, r))
-        # During the episode this loop runs once at most, for the oldest step, so that n - 1 steps
-        # wait. At the end it empties the memory.
+        # During the episode this makes one sample at most, of the oldest step. At the end it
+        # empties the memory.
         while len(self.memory) == N_STEP_RETURN or (s_ is None and self.memory):
             # Each sum is made anew. (The article corrects the sum of the step before.)
             R_n = sum(GAMMA ** k * r_k for k, (_, _, r_k) in enumerate(self.memory))
             first_s, first_a, _ = self.memory.popleft()
-            self.brain.train_push(first_s, first_a, R_n, s_)    # s_: n steps after first_s, or None
+            self.brain.train_push(first_s, first_a, R_n, s_)    # s_ is n steps after first_s
 
 
 class ParameterServer:
@@ -312,26 +302,29 @@ class ParameterServer:
     Article: 「ParameterServer」, and Fig. 2 in 「Asynchronous」. The workers call its methods, each
     in its own thread. Asynchronous (非同期) means this:
 
-        thread 1                  thread 2                  the shared weights
+        thread 1                  thread 2                  the shared weights then
         copies θ0                 copies θ0                 θ0
         plays 6 of its 10 steps   plays its 10 steps        θ0
-        plays the other 4         hands over gradients      θ1: θ0, changed by thread 2
-        hands over gradients      copies θ1, plays          θ2: θ1, changed by thread 1, whose
-                                                            gradients were computed with θ0
+        plays the other 4         hands over gradients      θ1 = θ0, changed by thread 2
+        hands over gradients      copies θ1, plays          θ2 = θ1, changed by thread 1, whose
+                                                            gradients were computed at θ0
         copies θ2, plays          plays                     θ2
 
-    Why a copy? If thread 1 played with θ itself, thread 2 would change p between its steps. The
-    loss is right only if p is still the p of the draw when the gradients are computed (loss_total).
+    Why a copy? The actor's loss needs the p with which each action was drawn (see loss_total). If
+    thread 1 played with θ itself, thread 2 would change p between draw and gradients. With a copy,
+    the gradients of thread 1 are right, but for θ0. They come late, because they change θ1.
 
-    Why do old gradients do little harm? Those of thread 1 come from θ0 and change θ1: they are one
-    update old. With eight threads they are seven updates old on average, and p has changed little
-    meanwhile, so they still point nearly the right way.
+    Why does this do little harm? With eight threads, seven updates by others come in between on
+    average, and change p only little. So the gradients still point nearly the right way.
 
-    Why several threads, and no replay memory? Successive steps of one game resemble each other, and
-    a network that learns from them alone may forget the other parts of the game. DQN therefore also
-    learns from old steps. A3C may not, because their actions were drawn with another p. So it takes
-    new steps of several games. (CartPole is so easy that one thread learns it, too. And here
-    threads bring no speed, because Python runs the code of one thread at a time.)
+    Why several threads? Successive steps of one game resemble each other, and a network that learns
+    from them alone may forget the other parts of the game. DQN therefore learns from old steps,
+    too, its replay memory. A3C cannot, because their actions were drawn with another p. So its
+    updates come from several games in turn. (Without a replay memory one may use an LSTM, as the
+    article says. CartPole is so easy that one thread learns it, too.)
+
+    Why does no thread wait? In the paper each has a core of its own, and this keeps all of them
+    busy. Here it brings no speed, because Python runs the code of one thread at a time.
     """
 
     def __init__(self, seed=None, max_episodes=MAX_EPISODES, learning_rate=LEARNING_RATE):
@@ -341,11 +334,11 @@ class ParameterServer:
         if seed is not None:
             keras.utils.set_random_seed(seed)       # for the first weights
         self.model = self._build_model()
-        # θ: kernel and bias of the hidden layer, (4, 16) and (16,), of p, (16, 2) and (2,), and of
-        # V, (16, 1) and (1,). While the threads learn, `model` gives only the form of the network.
+        # θ, six arrays: kernel and bias of the hidden layer, of p and of V. (While the threads
+        # learn, the model's own weights are not used.)
         self.weights = self.model.get_weights()
-        # RMSProp's running means of squared gradients. They start at 1, as in TensorFlow 1, so that
-        # the first updates are small.
+        # RMSProp's running means of squared gradients. They start at 1, as in TensorFlow 1, which
+        # makes the first updates small.
         self.mean_squares = [np.ones_like(w) for w in self.weights]
         self.compiled_gradients = compile_gradients(self.model)     # one function for all threads
 
@@ -370,16 +363,16 @@ class ParameterServer:
     def apply_gradients(self, gradients):
         """8. Change θ by gradients, a list of arrays: one step of RMSProp.
 
-        RMSProp divides the gradient of each weight by its usual size, so that after a while all
-        weights take steps of about the same size.
+        RMSProp divides each weight's gradient by its usual size, so that no weight's steps are
+        much larger than those of others.
         """
-        # Why a lock (排他制御)? Python may switch threads at any moment. If two made a new θ from
-        # the same θ1, the one that stores its result last would erase the other's update. (Article
+        # Why a lock (排他制御)? Python may switch threads at any moment. If two of them read θ1 and
+        # each stored a new θ made from it, the second would erase the first one's update. (Article
         # and paper have no lock, the paper on purpose, for speed.)
         with self.lock:
             if self.stop.is_set():
-                return      # learning is over: now only the winner may set θ
-            # New lists of new arrays: the old ones are not changed (上書きしない). The minus makes
+                return      # learning is over: only the thread that has learned may set θ now
+            # New lists of new arrays, because the old ones may be a thread's θ'. The minus makes
             # the loss smaller.
             self.mean_squares = [RMSPROP_DECAY * m + (1 - RMSPROP_DECAY) * g ** 2
                                  for m, g in zip(self.mean_squares, gradients)]
@@ -392,7 +385,7 @@ class ParameterServer:
             self.frames += 1
 
     def record(self, episode, has_learned):
-        """Record an episode. Return True if it is the first with which a thread has learned."""
+        """Record an episode. Return True if this thread is the first that has learned."""
         with self.lock:
             if self.stop.is_set():
                 return False
@@ -416,14 +409,14 @@ class LocalBrain:
 
     def pull_parameter_server(self):
         """1. and 9. Take the weights that the server has now: θ' ← θ."""
-        # Both now hold the same list. That is as good as a copy, because an update does not change
-        # this list, but puts a new one in its place. To read a name is a single action of Python,
-        # so there is no need of a lock, and never a mixture of old and new.
+        # Server and brain now hold the same list. That is as good as a copy, because an update does
+        # not change this list, but puts a new one in its place. No lock: to read a name is a single
+        # action of Python, so old and new are never mixed.
         self.weights = self.parameter_server.weights
 
     def push_parameter_server(self):
         """Give the server these weights: θ ← θ'. Only the winner does so, when learning is over."""
-        # No lock: `record` has set `stop` under the lock, so no update follows.
+        # No lock: `stop` is set, so no update follows.
         self.parameter_server.weights = self.weights
 
     def predict(self, s):
@@ -460,9 +453,9 @@ class LocalBrain:
         s, a, R_n, s_, s_mask = [np.array(column, np.float32) for column in zip(*self.train_queue)]
         self.train_queue = []
 
-        # R = R_n + γ^n·V(s'), with θ', too. s_mask removes V(s') after the end. (Only there has a
-        # sample fewer than n rewards, so γ^n is right for the others. The article says that R(t) is
-        # V(t). Rather, R(t) is the value towards which V(s) is moved.)
+        # R = R_n + γ^n·V(s'), where V(s') is computed with θ'. After the end s_mask is 0. Only then
+        # are there fewer than n rewards, so γ^n is right for all others. (The article says that
+        # R(t) is V(t). Rather, R(t) is the value towards which V(s) is moved.)
         _, v_ = self.predict(s_)
         R = R_n + GAMMA_N * v_ * s_mask
 
@@ -479,8 +472,8 @@ def loss_gradients(model, weights, s, a, R):
     """6. The gradients of the mean loss at the weights θ': s (B, 4), a one-hot (B, 2), R (B,)."""
     with tf.GradientTape() as tape:     # records what is computed, to find its gradients
         tape.watch(weights)             # with respect to these
-        # Run the model with θ' instead of its own weights. ([] and _ would hold variables that are
-        # not trained. This model has none.)
+        # Run the model with θ' instead of its own weights. ([] and _ are for variables that are not
+        # trained. It has none.)
         (p, v), _ = model.stateless_call(weights, [], s)
         loss = tf.reduce_mean(loss_total(p, v[:, 0], a, R))
     return tape.gradient(loss, weights)
@@ -490,35 +483,33 @@ def loss_total(p, v, a, R):
     """The loss of each sample (B,): p (B, 2), V(s) (B,), a as one-hot (B, 2), R (B,).
 
     Article: 「Actor-Critic」, and the method `_build_graph` of its LocalBrain. Paper: section 4. A
-    loss is made small, so what is to become large stands with a minus.
+    loss is made small, so what shall become large has a minus.
     """
-    # How much better did the action turn out than the critic expected? In the episode of 23 steps,
-    # step 20 has R = -γ^3 = -0.97. If V(s) is -0.6, its advantage is -0.37.
+    # How much better did the action turn out than the critic expected? Suppose the pole falls three
+    # steps later: R = -γ^3 = -0.97. If V(s) is -0.6, the advantage is -0.37.
     #
     # Why not R itself? Suppose R is -0.5 after the better action and -0.9 after the worse one. With
-    # R, each draw would make its action less probable, even the better one. Only over many draws
-    # would the worse one lose more. With V(s) = -0.7 the advantages are 0.2 and -0.2: each draw
-    # helps.
+    # R in place of the advantage, each draw would make its action less probable, even the better
+    # one. With V(s) = -0.7 the advantages are 0.2 and -0.2, so each draw helps.
     advantage = R - v
 
-    # The actor. The policy gradient theorem (方策勾配定理) says: increase log p(a|s)·advantage. For
-    # step 20 the loss is 0.37·log p. To make it smaller is to make p smaller: the action becomes
-    # less probable. With V(s) = -0.99 it would be -0.02·log p, and p would hardly change.
+    # The actor. By the policy gradient theorem (方策勾配定理), log p(a|s)·advantage shall increase.
+    # With the advantage -0.37, the loss is 0.37·log p. It is smaller if p is smaller, so the action
+    # becomes less probable. (If the critic had expected the fall, V(s) = -0.97, p would stay.)
     #
-    # Why the logarithm? An action with p = 0.1 is drawn only once in ten times. To make up for
-    # this, each draw must count ten times: the slope of log p is 1/p times the slope of p. But p
-    # must be the p of the draw. If it was 0.1 then and is 0.9 now, the draw counts only 1/0.9 = 1.1
-    # times. So a thread plays with a copy, and there is no replay memory. (Not exact: ε's random
-    # actions in the first EPS_STEPS steps; and the n - 1 steps that wait while θ' is renewed.)
-    #
-    # Why stop_gradient? Here the advantage must be a constant (定数として扱う). Otherwise this loss
-    # would train V(s), too: -log p is never negative, so the larger V(s), the smaller the loss, and
-    # V(s) would be pulled above R.
+    # Why the logarithm? The aim is a large Σ p·advantage over both actions, in which the slope of
+    # each p counts once. But an action with p = 0.1 is drawn only once in ten times, so each draw
+    # must count ten times. The logarithm does this: the slope of log p is 1/p times that of p. This
+    # must be the p of the draw. An action drawn with 0.1, but computed with 0.9, would count only
+    # 1.1 times. (Two exceptions do little harm: ε's random actions, and the n - 1 steps of a batch
+    # that were drawn with the θ' before.)
     log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)    # of the action that was done
+    # Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this loss
+    # would train V(s), too. As -log p is positive, a larger V(s) would make the loss smaller, and
+    # V(s) would rise above R.
     loss_policy = -log_prob * tf.stop_gradient(advantage)
 
-    # The critic: move V(s) towards R. (R is a constant, and V(s') in it is not moved.) As both
-    # outputs share the hidden layer, critic and actor train it together.
+    # The critic: move V(s) towards R. (R is a constant, so V(s') in it is not moved.)
     loss_value = LOSS_V * tf.square(advantage)
 
     # The entropy -Σ p·log p is large if both actions are about equally probable. Its negative, as a
@@ -531,6 +522,8 @@ def loss_total(p, v, a, R):
 
 # == Not needed to understand A3C: options, speed, progress, files =================================
 
+LEARNING_RATE_V1 = 2e-3     # with 5e-3, CartPole-v1 is learned and then forgotten
+
 # A line of history.csv. `total_steps` are those of all workers so far.
 Episode = collections.namedtuple("Episode", "worker episode steps mean_of_last_10 total_steps")
 
@@ -542,7 +535,9 @@ def read_options(argv):
                         help="episodes of at most 200 or 500 steps")
     parser.add_argument("--workers", default=N_WORKERS, type=positive_number,
                         help="learning threads")
-    return parse_options(parser, argv)
+    args = parse_options(parser, argv)
+    args.learning_rate = LEARNING_RATE_V1 if args.env == "CartPole-v1" else LEARNING_RATE
+    return args
 
 
 def make_parser(description, folder, max_episodes):
@@ -588,6 +583,13 @@ def whole_number(text, least=0):
 
 
 positive_number = functools.partial(whole_number, least=1)
+
+
+def make_env(env_name, seed):
+    """Make a gym environment whose resets are all fixed by this seed."""
+    env = gym.make(env_name, disable_env_checker=True)      # (the checker takes time)
+    env.reset(seed=seed)
+    return env
 
 
 def compile_gradients(model):
@@ -726,7 +728,7 @@ def test(parameter_server, args):
 
 def film(env, name, args):
     """Film the first, second and ninth episode (gym's own choice); --render shows all of them."""
-    env.reset(seed=args.seed)                           # seeds all later resets, too
+    env.reset(seed=args.seed)                           # fixes all later resets, too
     os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"    # Mesa's LLVM and TensorFlow's may clash
     if not args.render:
         os.environ["SDL_VIDEODRIVER"] = "dummy"         # draw without a screen

@@ -1,9 +1,9 @@
 """A3C (Asynchronous Advantage Actor-Critic) with two networks that four threads share.
 
 Four threads each play a CartPole of their own. The actor computes p, the probability of a push to
-the right, the critic V(s), the discounted sum of the rewards to expect from the state s on. The
-advantage is how much better it went than the critic expected. No thread has weights of its own.
-Every ten steps and at the end of an episode, a thread trains both networks with its new steps.
+the right. The critic computes V(s), the discounted sum of the rewards to expect from the state s
+on. The advantage is how much better it went than the critic expected. No thread has weights of its
+own. Every ten steps and at the end of an episode, a thread trains both networks with its new steps.
 Asynchronous: no thread waits until another has played, only until another has trained.
 
     python companions/a3c_two_networks.py   # learns within seconds; films: movie/a3c_two_networks
@@ -18,14 +18,14 @@ keep their names and order. Look at these places:
     what the actor learns                       Agent.train_episode, A3C.actor_loss
 
 The post's list (算法原理) has four steps: 1. copy the shared network, 2. play, 3. compute
-gradients, 4. change the shared network by them. Then it leaves out step 1: as the threads' data are
-unrelated, each may train the shared networks directly. A lock lets only one thread at a time do 3
-and 4. During 2 there is no lock, so other threads change the networks between two steps of a
-thread. (In the main file a thread plays with its own copy.)
+gradients, 4. change the shared network by them. Its program leaves out step 1. The post's reason:
+the data of different threads are unrelated (互相不相关), so each thread may train the shared
+networks themselves. (It is the post's reason, too, why there is no replay memory.) A lock lets only
+one thread at a time do 3 and 4. During 2 there is no lock, so other threads change the networks
+between two steps of a thread. In the main file, a3c_cartpole.py, a thread plays with a copy.
 
 Symbols: p, the probability of a push to the right. R (in the code discounted_rewards): the return,
-the discounted sum of the rewards from a step on. Unless the episode has ended, V(next_state) stands
-for the rewards that have not come yet. T: the number of steps of an update.
+the discounted sum of the rewards from a step on. T: the number of steps of an update.
 
 companions/README.md lists what differs from the post; it is marked "not as in the post" below.
 """
@@ -87,8 +87,9 @@ class A3C:
         outputs = [self.actor(states), self.critic(states)]
         self.model = keras.Model(states, outputs, name="a3c_two_networks")
 
-        # With these weights all threads play, in NumPy, so nothing needs compiling before they
-        # start (post: 问题1). A list is never changed, but replaced in a single assignment.
+        # With these weights all threads play, in NumPy. So there is no `predict` that has to be
+        # compiled before they start (post: 问题1). And no thread sees half of an update: a list is
+        # never changed, but replaced by a new one in a single assignment.
         self.actor_weights = self.actor.get_weights()
         self.critic_weights = self.critic.get_weights()
         self.actor_forward = common.numpy_forward(self.actor)
@@ -97,7 +98,7 @@ class A3C:
     def _build_optimizer(self):
         """Make the functions that train the actor and the critic.
 
-        Each takes one step of Adam, and returns the new weights, which is faster than get_weights.
+        Each takes one step of Adam, and returns the new weights (faster than get_weights).
         TensorFlow compiles it at its first call, which is made under the lock.
         """
         actor_optimizer = keras.optimizers.Adam(ACTOR_LR)
@@ -133,14 +134,18 @@ class A3C:
         """
         # Binary cross-entropy is -log of the probability of the action: -log p if it is 1, and
         # -log(1 - p) if it is 0. Why the logarithm? A rare action is drawn rarely, so each draw
-        # must count more. The logarithm does this: the slope of log p is 1/p times that of p. But
-        # it must be the p of the draw. (Shapes and mean: not as in the post.)
+        # must count more. The logarithm does this: the slope of log p is 1/p times that of p.
         cross_entropy = keras.ops.binary_crossentropy(actions, p)
+
+        # Each action has its own advantage: (T, 1) times (T, 1) is (T, 1). Not as in the post,
+        # where K.flatten makes the advantages (T,). Then NumPy's rule for shapes makes a table
+        # (T, T), every action with every advantage. Its mean is the mean cross-entropy times the
+        # mean advantage, and no longer says which actions were good.
         policy_loss = tf.reduce_mean(cross_entropy * advantages)
 
         # The entropy is large if both actions are about equally probable. It is subtracted, because
         # an optimizer makes a loss small: this keeps p from becoming 0 or 1 too early. The 1e-10
-        # avoids log 0. (second term and sign: not as in the post)
+        # avoids log 0. (Second term, sign and mean: not as in the post.)
         entropy = -p * tf.math.log(p + 1e-10) - (1 - p) * tf.math.log(1 - p + 1e-10)
         return policy_loss - ENTROPY * tf.reduce_mean(entropy)
 
@@ -154,15 +159,15 @@ class A3C:
         self.run = run                  # counts steps and records episodes
         agents = [Agent(i, self, update_iter) for i in range(n_thread)]
         try:
-            with common.one_core():                    # (only for speed)
+            with common.one_core():             # only for speed
                 for agent in agents:
                     agent.start()               # returns at once; agent.run runs in a new thread
-            while not self.stop.wait(.1):       # (without a timeout, Windows ignores Ctrl-C)
+            while not self.stop.wait(.1):       # without a timeout, Windows ignores Ctrl-C
                 pass
         finally:
             self.stop.set()
             for agent in agents:
-                if agent.is_alive():
+                if agent.is_alive():            # (after Ctrl-C some may not have started)
                     agent.join()
 
     def actor_predict(self, states):
@@ -215,8 +220,9 @@ class Agent(threading.Thread):
             rewards.append(reward)
             steps += 1
 
-            # Not as in the post, where update_iter is compared with the number of episodes: all
-            # threads train at every step of each tenth episode, otherwise only at an episode's end.
+            # Not as in the post, which compares update_iter with the number of finished episodes.
+            # So there all threads train at every step while 9, 19, 29, … episodes are finished, and
+            # otherwise only at an episode's end.
             if steps % self.update_iter == 0 or done:
                 # Python may switch threads at any moment. Without the lock two threads could train
                 # at once, and one could erase a part of what the other has changed.
@@ -225,11 +231,12 @@ class Agent(threading.Thread):
                     if a3c.stop.is_set():
                         return          # learning is over, and the weights are final
                     self.train_episode(states, actions, rewards, next_state, done)
-                    if done and a3c.run.finish_episode(self.name, steps,
-                                                       a3c.actor_weights + a3c.critic_weights):
-                        a3c.stop.set()
-                # Not as in the post, which keeps them until the episode ends, and would train with
-                # the first steps twenty times. In the paper, too, an update takes only new steps.
+                    if done:
+                        weights = a3c.actor_weights + a3c.critic_weights
+                        if a3c.run.finish_episode(self.name, steps, weights):
+                            a3c.stop.set()
+                # Each step is used once, as in the paper. (Not as in the post, which keeps all
+                # steps until the episode ends.)
                 states = []
                 actions = []
                 rewards = []
@@ -259,8 +266,9 @@ class Agent(threading.Thread):
     def train_episode(self, states, actions, rewards, next_state, done):
         """Train both networks with these steps. The caller holds the lock.
 
-        Their actions may have been drawn with an older p, because other threads train meanwhile.
-        The actor's loss is right only for the present p. But ten steps later p has changed little.
+        The actor's loss is right only while p is still the p with which the actions were drawn.
+        Here each of the other threads has usually trained once during these ten steps, which
+        changes p a little. (This is what step 1, the copy, would prevent.)
         """
         states = np.array(states, np.float32)                           # (T, 4)
         actions = np.array(actions, np.float32).reshape(-1, 1)          # (T, 1)

@@ -1,9 +1,9 @@
 """Compare the programs of this project: run each of them, and make one table and one picture.
 
-    python -m companions.compare            # five runs of each; table and picture are then in
+    python companions/compare.py            # five runs of each; table and picture are then in
                                             # movie/comparison
-    python -m companions.compare --peers    # Stable-Baselines3's A2C, PPO and DQN as well
-    python -m companions.compare --runs 1 --only a3c_cartpole a3c_processes_2
+    python companions/compare.py --peers    # Stable-Baselines3's A2C, PPO and DQN as well
+    python companions/compare.py --runs 1 --only a3c_cartpole a3c_processes_2
 
 Each program runs as a user would run it, in a process of its own. The table says how often it
 learned, how long that took, and how well the learned policy did in the test. The picture shows how
@@ -11,68 +11,71 @@ the policies became better.
 """
 import argparse
 import collections
-import contextlib
 import csv
+import dataclasses
 import importlib.util
-import os
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
+import common
+
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-# `command` is what a user types after "python". {run} is the number of the run, from 1 on: the seed
-# of those programs that a seed makes repeatable. `colour` and `line` are for the picture: Okabe and
-# Ito's colours, which colour-blind readers can tell apart.
-Program = collections.namedtuple("Program", "command env colour line")
+FOLDER = Path(__file__).resolve().parent
+
+# `file` and `options` are what a user types after "python". {run} is the number of the run, from 1
+# on: the seed of those programs that a seed makes repeatable. `colour` and `line` are for the
+# picture: Okabe and Ito's colours, which colour-blind readers can tell apart.
+Program = collections.namedtuple("Program", "file options env colour line")
 
 V0 = "CartPole-v0"
 V1 = "CartPole-v1"
 LIMITS = {V0: 200, V1: 500}     # the most steps of an episode
 
 PROGRAMS = {
-    "a3c_cartpole": Program("a3c_cartpole.py --no-render", V0, "#0072B2", "-"),
-    "a3c_two_networks": Program("-m companions.a3c_two_networks --no-render", V0, "#CC79A7", "-"),
-    "a3c_processes": Program("-m companions.a3c_processes --no-render", V0, "#D55E00", "-"),
+    "a3c_cartpole": Program("../a3c_cartpole.py", "--no-render", V0, common.BLUE, "-"),
+    "a3c_two_networks": Program("a3c_two_networks.py", "--no-render", V0, "#CC79A7", "-"),
+    "a3c_processes": Program("a3c_processes.py", "--no-render", V0, common.ORANGE, "-"),
     "a3c_processes_2": Program(
-        "-m companions.a3c_processes --num-process 2 --no-render", V0, "#D55E00", "--"),
+        "a3c_processes.py", "--num-process 2 --no-render", V0, common.ORANGE, "--"),
     "a3c_processes_1": Program(
-        "-m companions.a3c_processes --num-process 1 --no-render", V0, "#D55E00", ":"),
-    "a3c_ray": Program("-m companions.a3c_ray --no-render", V0, "#E69F00", "-"),
-    "ppo_cartpole": Program(
-        "-m companions.ppo_cartpole --seed {run} --no-render", V0, "#009E73", "-"),
-    "sb3_a2c": Program("-m companions.sb3_peers A2C --seed {run}", V0, "#56B4E9", "--"),
-    "sb3_ppo": Program("-m companions.sb3_peers PPO --seed {run}", V0, "#009E73", "--"),
-    "dqn_cartpole": Program(
-        "-m companions.dqn_cartpole --seed {run} --no-render", V1, "#000000", "-"),
-    "sb3_dqn": Program("-m companions.sb3_peers DQN --seed {run}", V1, "#000000", "--"),
+        "a3c_processes.py", "--num-process 1 --no-render", V0, common.ORANGE, ":"),
+    "a3c_ray": Program("a3c_ray.py", "--no-render", V0, "#E69F00", "-"),
+    "ppo_cartpole": Program("ppo_cartpole.py", "--seed {run} --no-render", V0, common.GREEN, "-"),
+    "dqn_cartpole": Program("dqn_cartpole.py", "--seed {run} --no-render", V1, "#000000", "-"),
+    "sb3_a2c": Program("sb3_peers.py", "A2C --seed {run}", V0, "#56B4E9", "--"),
+    "sb3_ppo": Program("sb3_peers.py", "PPO --seed {run}", V0, common.GREEN, "--"),
+    "sb3_dqn": Program("sb3_peers.py", "DQN --seed {run}", V1, "#000000", "--"),
 }
 DEFAULT = ["a3c_cartpole", "a3c_two_networks", "a3c_processes", "a3c_ray", "ppo_cartpole",
            "dqn_cartpole"]
 PEERS = ["sb3_a2c", "sb3_ppo", "sb3_dqn"]
 
-# What a run did. `cold_start` is in seconds, `speed` in steps per second. `history` is a list of
-# the rows of history.csv. `test_mean` is None if no test was played.
-Run = collections.namedtuple(
-    "Run", "is_learned cold_start steps episodes speed test_mean history")
-
 # The two lines that every program prints.
-SUMMARY = re.compile(r"(not )?learned in [\d.]+ s: (\d+) steps, (\d+) episodes, \d+ workers,"
-                     r" (\d+) steps/s")
-TEST = re.compile(r"test: mean of \d+ episodes ([\d.]+) steps")
+SUMMARY = re.compile(r"(?P<outcome>learned|not learned) in [\d.]+ s: (?P<steps>\d+) steps,"
+                     r" (?P<episodes>\d+) episodes, \d+ workers, (?P<speed>\d+) steps/s")
+TEST = re.compile(r"test: mean of \d+ episodes (?P<mean>[\d.]+) steps")
 
-COLUMNS = ["program", "environment", "learned", "cold start s", "steps", "episodes", "steps/s",
-           "test mean"]
-CAPTION = ("Medians of the runs that learned; of the test, of all runs that played one. Cold start:"
-           " from the start of the process to its line \"learned in\".")
+
+@dataclasses.dataclass
+class Run:
+    """What a run of a program did."""
+
+    is_learned: bool
+    cold_start: float           # seconds from the start of the process to the summary line
+    steps: int
+    episodes: int
+    speed: int                  # steps per second
+    test_mean: float | None     # None if no test was played
+    history: list               # the rows of history.csv, as dicts
 
 
 def main(argv=None):
@@ -84,81 +87,68 @@ def main(argv=None):
         # something else for a minute, this disturbs all programs about equally.
         for number in range(1, args.runs + 1):
             for name in args.names:
-                print(f"run {number} of {args.runs}, {name}", flush=True)
+                common.say(f"run {number} of {args.runs}, {name}")
                 folder = args.out / name / f"run{number}"
-                runs[name].append(run_once(name, number, folder, args.time_limit))
+                runs[name].append(run_once(PROGRAMS[name], number, folder, args.time_limit))
     finally:
         # After Ctrl-C, too: from the runs that there are.
-        rows = [make_row(name, runs[name]) for name in args.names if runs[name]]
-        with open(args.out / "comparison.csv", "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
-        draw(runs, args.out / "comparison.png")
-        print_table(rows)
-        print(f"table and picture are in {args.out}")
-    if any(None in some for some in runs.values()):
-        return 1
-    return 0
+        with common.uninterrupted():
+            rows = [make_row(name, runs[name]) for name in args.names if runs[name]]
+            with open(args.out / "comparison.csv", "w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *rows])
+            draw(runs, args.out / "comparison.png")
+            print_table(rows)
+            common.say(f"table and picture are in {args.out}")
+    return 1 if any(None in some for some in runs.values()) else 0
 
 
-# == Running a program =============================================================================
-
-def run_once(name, number, folder, time_limit):
+def run_once(program, number, folder, time_limit):
     """Run a program to its end and return its Run, or None if it failed.
 
-    To have tried and not learned is no failure. The clock starts before the process does, and stops
-    when the program says that it has learned. So it includes all imports and what is compiled, but
-    not the pictures, the test and the films that come afterwards.
+    To have tried and not learned is no failure. The cold start includes all imports and what is
+    compiled, but not the pictures, the test and the films, which come after the summary line.
     """
-    command = PROGRAMS[name].command.format(run=number).split()
+    options = program.options.format(run=number).split()
+    command = [sys.executable, str(FOLDER / program.file), *options, "--out", str(folder)]
     summary = None
-    test_mean = None
+    test = None
     started = time.perf_counter()
-    # In a session of its own, the program is not reached by Ctrl-C, which would end it twice, and
-    # it can be ended together with the processes that it has started.
-    with subprocess.Popen([sys.executable, *command, "--out", str(folder)], text=True,
-                          errors="replace", stdout=subprocess.PIPE,
-                          start_new_session=True) as process:
-        timer = threading.Timer(time_limit, end, [process])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        timer = threading.Timer(time_limit, process.kill)
+        timer.start()
         try:
-            timer.start()
-            for line in process.stdout:
-                if match := SUMMARY.match(line):
+            for line in process.stdout:         # as they arrive
+                if SUMMARY.match(line):
                     cold_start = time.perf_counter() - started
-                    summary = match
-                    print(f"    {match[0]}", flush=True)
-                if match := TEST.match(line):
-                    test_mean = float(match[1])
-                    print(f"    {match[0]}", flush=True)
+                    summary = SUMMARY.match(line)
+                    common.say(f"    {summary[0]}")
+                if TEST.match(line):
+                    test = TEST.match(line)
+                    common.say(f"    {test[0]}")
             status = process.wait()
         finally:
             timer.cancel()
-            end(process)
+            process.kill()      # it may still run after Ctrl-C
 
-    is_learned = summary is not None and summary[1] is None
-    expected_status = 0 if is_learned else 1
     if time.perf_counter() - started > time_limit:
-        print(f"    failed: ended after {time_limit} s")
+        common.say(f"    failed: ended after {time_limit} s")
         return None
+    is_learned = summary is not None and summary["outcome"] == "learned"
+    expected_status = 0 if is_learned else 1
     if summary is None or status != expected_status:
-        print(f"    failed with status {status}")       # stderr, which is shown, says why
+        common.say(f"    failed with status {status}")      # stderr, which is shown, says why
         return None
     with open(folder / "history.csv", newline="") as file:
         history = list(csv.DictReader(file))
-    return Run(is_learned, cold_start, int(summary[2]), int(summary[3]), int(summary[4]), test_mean,
-               history)
-
-
-def end(process):
-    """End a program if it still runs, and the processes that it has started."""
-    process.terminate()                         # like Ctrl-C: it should end them itself
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
-    if hasattr(os, "killpg"):                   # Windows does not have it
-        with contextlib.suppress(OSError):      # nearly always, none is left
-            os.killpg(process.pid, signal.SIGKILL)
+    return Run(is_learned, cold_start, int(summary["steps"]), int(summary["episodes"]),
+               int(summary["speed"]), float(test["mean"]) if test else None, history)
 
 
 # == The table =====================================================================================
+
+COLUMNS = ["program", "environment", "learned", "cold start s", "steps", "episodes", "steps/s",
+           "test mean"]
+
 
 def make_row(name, runs):
     """Make a row of the table, a text for each of COLUMNS. A run that failed has not learned."""
@@ -179,7 +169,9 @@ def median_text(values, digits=0):
 
 def print_table(rows):
     """Print the table."""
-    table = Table(caption=CAPTION, caption_justify="left")
+    table = Table(caption="Medians of the runs that learned; of the test, of all runs that played"
+                          " one. Cold start: from the start of the process to its line \"learned"
+                          " in\".", caption_justify="left")
     for i, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if i < 3 else "right", no_wrap=True)
     for row in rows:
@@ -190,10 +182,11 @@ def print_table(rows):
 
 # == The picture ===================================================================================
 
+@matplotlib.rc_context(matplotlib.rcParamsDefault)      # whatever the user's matplotlibrc says
 def draw(runs, path):
     """Draw the curves of all programs, with one panel for each environment."""
     envs = sorted({PROGRAMS[name].env for name in runs})
-    figure = Figure(figsize=(8, 1 + 3 * len(envs)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 1 + 3 * len(envs)), layout="constrained")
     panels = figure.subplots(len(envs), sharex=True, squeeze=False)[:, 0]
     for env, axes in zip(envs, panels):
         axes.set(title=f"{env}: at most {LIMITS[env]} steps per episode", xscale="log",
@@ -214,57 +207,54 @@ def draw_program(axes, name, histories):
     histories = [h for h in histories if any(int(e["episode"]) >= 10 for e in h)]
     if not histories:
         return
-    _, env, colour, line = PROGRAMS[name]
+    program = PROGRAMS[name]
     steps = np.array(sorted({int(e["total_steps"]) for history in histories for e in history}))
     means = np.array([best_mean(history, steps) for history in histories])      # (runs, steps)
     median = np.median(means, axis=0)                   # NaN until every run has a mean
-    learned = np.flatnonzero(median > LIMITS[env] - 1)
-    axes.plot(steps, median, line, color=colour, label=name, drawstyle="steps-post",
-              marker="o", markevery=learned[:1].tolist())
+    learned = np.flatnonzero(median > LIMITS[program.env] - 1)
+    axes.plot(steps, median, program.line, color=program.colour, label=name,
+              drawstyle="steps-post", marker="o", markevery=learned[:1].tolist())
     axes.fill_between(steps, means.min(axis=0), means.max(axis=0), step="post",
-                      color=colour, alpha=.12, linewidth=0)
+                      color=program.colour, alpha=.12, linewidth=0)
     axes.legend(loc="center left", bbox_to_anchor=(1, .5), frameon=False, handlelength=3)
 
 
 def best_mean(history, steps):
     """Find the best worker's mean of its last ten episodes, after each number in `steps` (N,).
 
-    The main file's rule looks at this mean: learning ends when one worker's is high enough. `steps`
-    are environment steps of all workers together. A worker counts from its tenth episode, because
-    before that its mean still contains zeros. Where there is no such worker yet, the result is NaN.
-    After the last episode it stays as it was.
+    `steps` are environment steps of all workers together. A worker counts from its tenth episode,
+    because before that its mean still contains zeros. Where there is no such worker yet, the result
+    is NaN. After the last episode it stays as it was.
     """
     latest = {}             # of each worker: its mean
     changes = []            # when the best mean may have changed, in steps
     best = [np.nan]         # the best mean before the first change, after it, after the second, …
     for e in sorted(history, key=lambda e: int(e["total_steps"])):
         if int(e["episode"]) >= 10:
-            latest[e["thread"]] = float(e["mean_of_last_10"])
+            latest[e["worker"]] = float(e["mean_of_last_10"])
             changes.append(int(e["total_steps"]))
             best.append(max(latest.values()))
     passed = np.searchsorted(changes, steps, side="right")
     return np.array(best)[passed]
 
 
-# == Options, signals ==============================================================================
+# ==================================================================================================
 
 def read_options(argv):
     """Read the command line. `names` in the result are the programs to run."""
     parser = argparse.ArgumentParser(
         description="Run the programs of this project, and compare what came of it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="of each program")
+    parser.add_argument("--runs", type=common.positive_number, default=5, help="of each program")
     parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=DEFAULT, metavar="NAME",
                         help=f"run only these, of {', '.join(PROGRAMS)}")
     parser.add_argument("--peers", action="store_true",
                         help=f"run Stable-Baselines3 as well: {', '.join(PEERS)}")
-    parser.add_argument("--time-limit", type=int, default=300, metavar="SECONDS",
+    parser.add_argument("--time-limit", type=common.positive_number, default=300, metavar="SECONDS",
                         help="a run that takes longer is ended, and has failed")
     parser.add_argument("--out", type=Path, default=Path("movie/comparison"),
                         help="where the files go")
     args = parser.parse_args(argv)
-    if args.runs < 1:
-        parser.error("argument --runs: must be at least 1")
     wanted = args.only + PEERS if args.peers else args.only
     args.names = [name for name in PROGRAMS if name in wanted]
     if set(args.names) & set(PEERS) and importlib.util.find_spec("stable_baselines3") is None:
@@ -272,33 +262,10 @@ def read_options(argv):
                      " stable-baselines3")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         parser.error(f"argument --out: cannot write there: {error}")
     return args
 
 
-# Ctrl-C, kill, and the closing of the terminal, which Windows does not have.
-SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
-
-
-def interrupt(*_):
-    """End `main` by KeyboardInterrupt. A second signal must not interrupt the end."""
-    for number in SIGNALS:
-        signal.signal(number, lambda *_: None)
-    raise KeyboardInterrupt
-
-
-def run_program():
-    """Call `main` and end with the exit status it returns; with 130 after one of the signals."""
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:      # as it is after `nohup`
-            signal.signal(number, interrupt)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run_program()
+    common.run_program(main)

@@ -29,9 +29,8 @@ s'           the history one step after s
 Q(s, a)      the output of the network for the action a; Q̂(s, a): that of the target network
 B            in shapes, the size of a batch
 
-The post has two Keras networks, Q and target_Q. Here there is one, `model`, which learns. `Q` and
-`target_Q` are only weights, lists of arrays: `Q` those that the model has now, `target_Q` older
-ones.
+The post has two Keras networks, Q and target_Q. Here there is one, `model`, which learns. `Q` is a
+list of its weights as they are now, `target_Q` a list of older ones.
 """
 import collections
 import random
@@ -175,7 +174,9 @@ class DQN:
         fell, Q would be 1 + γ + γ² + ... = 1/(1 - γ) = 100.
         """
         samples = random.sample(self.memory, MB_SIZE)
-        agent_hists, actions, rewards, new_states, terminated = map(np.array, zip(*samples))
+        # Make one array of all histories, one of all actions, and so on.
+        columns = [np.array(column) for column in zip(*samples)]
+        agent_hists, actions, rewards, new_states, terminated = columns
 
         # s' is s without its oldest state, and with the new one.
         new_agent_hists = np.hstack([agent_hists[:, STATE_SIZE:], new_states])

@@ -155,10 +155,10 @@ def draw_learning(server, path):
               play(server.model, server.weights, f"learned, {episodes} episodes")]
     width, height = PANEL
     pictures = []
-    for step in range(0, max(len(panel) for panel in panels) + 1, 2):
+    for i in range(max(len(panel) for panel in panels)):
         picture = Image.new("RGB", (4 * width + 3 * GAP, height), "white")
-        for i, panel in enumerate(panels):
-            picture.paste(panel[min(step, len(panel) - 1)], (i * (width + GAP), 0))
+        for k, panel in enumerate(panels):
+            picture.paste(panel[min(i, len(panel) - 1)], (k * (width + GAP), 0))
         pictures.append(picture)
     palette = pictures[-1].quantize(32)         # the last picture has all colours
     pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
@@ -168,30 +168,34 @@ def draw_learning(server, path):
 
 
 def play(model, weights, title):
-    """Play an episode with the more probable actions. Return a picture of each step."""
+    """Play an episode with the more probable actions. Return a picture of every second step."""
     forward = common.numpy_forward(model)
     os.environ["SDL_VIDEODRIVER"] = "dummy"     # draw without a screen
     env = gym.make(a3c.ENV, render_mode="rgb_array")
     s, _ = env.reset(seed=START)
-    frames = [env.render()]
+    frames = []                                 # one before each step
     terminated = False
     truncated = False
     while not (terminated or truncated):
+        frames.append(env.render())
         p, _ = forward(weights, s)
         s, _, terminated, truncated, _ = env.step(int(p.argmax()))
-        frames.append(env.render())
+    last_frame = env.render()
+    has_fallen = abs(s[2]) > env.unwrapped.theta_threshold_radians
     env.close()
 
-    panel = [draw_panel(frame, title, f"{steps} steps") for steps, frame in enumerate(frames)]
-    if terminated:
-        has_fallen = abs(s[2]) > env.unwrapped.theta_threshold_radians
+    steps = len(frames)
+    panel = [draw_panel(frames[i], title, f"{i} steps") for i in range(0, steps, 2)]
+    if truncated:
+        panel.append(draw_panel(last_frame, title, f"{steps} steps"))
+    else:
         end = "fell" if has_fallen else "out of range"
-        panel[-1] = draw_panel(frames[-1], title, f"{end} after {len(frames) - 1} steps", True)
+        panel.append(draw_panel(last_frame, title, f"{end} after {steps} steps", is_over=True))
     return panel
 
 
 def draw_panel(frame, title, text, is_over=False):
-    """Draw the lower part of gym's picture (400, 600, 3), pale if the episode is over."""
+    """Draw the lower part of gym's picture (400, 600, 3), pale if the game is over."""
     width, height = PANEL
     frame = Image.fromarray(frame[120:]).resize((width, height - HEAD), Image.Resampling.LANCZOS)
     if is_over:

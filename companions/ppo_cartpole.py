@@ -193,9 +193,9 @@ class Agent:
         if is_near is false, it ends. (A loop of Python would take more than twice as long.)
         """
         def is_near(kl):
-            # The post's rule, and a weak one: in kl only the new log π is computed with dropout,
-            # so chance has a large part in it. (Usual rules take -kl, which estimates the
-            # Kullback-Leibler divergence: how far the new π is from the old one.)
+            # Is the new π still near the old one? The rule is the post's, and weak: in kl only the
+            # new log π is computed with dropout, so chance has a large part in it. (Usual rules
+            # take -kl, which estimates the Kullback-Leibler divergence, the distance of the two.)
             return kl <= 1.5 * TARGET_KL
 
         def take_step(_):
