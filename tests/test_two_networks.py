@@ -3,9 +3,9 @@ import copy
 import threading
 import types
 
-import a3c_two_networks as two
 import common
 
+import a3c_two_networks as two
 import gymnasium as gym
 import keras
 import numpy as np
@@ -99,8 +99,9 @@ def test_updates_are_adam_with_finite_differences_of_each_networks_own_loss(a3c,
 def test_a_thread_trains_every_ten_steps_and_at_the_end_with_each_step_once(
         a3c, monkeypatch, length, expected):
     def train_episode(_agent, states, actions, rewards, next_state, done):
-        seen.extend(round(100 * s[0]) for s in states)
-        assert len(states) == len(actions) == len(rewards) and round(100 * next_state[0]) == len(seen)
+        seen.extend(round(100 * s[0]) for s in states)      # FakeEnv's states hold their number
+        assert len(states) == len(actions) == len(rewards)
+        assert round(100 * next_state[0]) == len(seen)
         updates.append((len(states), done))
 
     seen = []
