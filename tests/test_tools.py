@@ -1,6 +1,7 @@
 """The tools for learners: pictures of a run, one episode in numbers, and experiments."""
 import concurrent.futures
 import math
+from types import SimpleNamespace
 
 import common  # noqa: F401
 
@@ -59,72 +60,78 @@ def test_notes_have_the_updates_by_others_and_the_change_of_p_between_copy_and_u
     assert all(u.copy.time < u.present.time for u in server.updates)
 
 
-def policy(position, velocity, angle, angular_velocity, bias=0):
-    """Weights with log p(right) - log p(left) = the sum of these times the state, + bias."""
-    weights = [np.zeros_like(w) for w in a3c.ParameterServer().weights]
-    weights[0][:, 0] = position, velocity, angle, angular_velocity
-    weights[0][:, 1] = -weights[0][:, 0]
-    weights[2][0, 1] = weights[2][1, 0] = 1
-    weights[3][1] = bias
-    return weights
+def test_learning_gif_has_four_episodes_and_pales_where_the_pole_has_fallen(tmp_path):
+    def policy(position, velocity, angle, angular_velocity, bias=0):
+        """Weights with log p(right) - log p(left) = bias + the sum of these times the state."""
+        weights = [np.zeros_like(w) for w in model.get_weights()]
+        weights[0][:, 0] = position, velocity, angle, angular_velocity
+        weights[0][:, 1] = -weights[0][:, 0]
+        weights[2][:2, 1] = 1, -1
+        weights[3][1] = bias
+        return weights
 
+    def count_steps(weights):
+        env = gym.make(a3c.ENV)
+        s, _ = env.reset(seed=pictures.START)
+        for step in range(1, 201):
+            p, _ = forward(weights, s)
+            s, _, terminated, _, _ = env.step(int(p.argmax()))
+            if terminated:
+                break
+        return step
 
-def count_steps(weights):
-    """Play the episode that learning.gif shows. Return its number of steps."""
-    env = gym.make(a3c.ENV)
-    s, _ = env.reset(seed=pictures.START)
-    steps = 0
-    done = False
-    while not done:
-        s, _, terminated, truncated, _ = env.step(int(np.argmax(forward(weights, s)[0])))
-        done = terminated or truncated
-        steps += 1
-    return steps
-
-
-def test_pictures_of_a_run(tmp_path, monkeypatch, capsys):
-    policies = [policy(0, 0, 0, 0, -1), policy(0, 0, 1, 0), policy(0, 0, 1, .5, .05)]
-    learned = policy(.1, .3, 3, 1)
-    lengths = [count_steps(weights) for weights in [*policies, learned]]
+    model = a3c.ParameterServer().model
+    policies = [policy(0, 0, 0, 0, -1), policy(0, 0, 1, 0), policy(0, 0, 1, .5, .05),
+                policy(.1, .3, 3, 1)]
+    lengths = [count_steps(weights) for weights in policies]
     assert len(set(lengths)) == 4 and max(lengths[:3]) < 200 == lengths[3]
+    after_episode = {0: policies[0], 12: policies[1], 24: policies[2]}      # of 40
+    server = SimpleNamespace(model=model, history=[None] * 40, after_episode=after_episode,
+                             weights=policies[3])
+
+    pictures.draw_learning(server, tmp_path / "learning.gif")
+
+    frames = [np.array(frame.convert("RGB"))
+              for frame in ImageSequence.Iterator(Image.open(tmp_path / "learning.gif"))]
+    assert len(frames) == 101       # every second step
+    for i, length in enumerate(lengths):
+        left = i * (pictures.PANEL[0] + pictures.GAP)
+        panel = [frame[pictures.HEAD:, left:left + pictures.PANEL[0]] for frame in frames]
+        is_dark = [picture.max(axis=-1).min() < 50 for picture in panel]
+        assert is_dark == [2 * k < length or length == 200 for k in range(101)]
+        np.testing.assert_array_equal(panel[math.ceil(length / 2)], panel[-1])
+
+
+@pytest.mark.parametrize("is_learned", [True, False])
+def test_pictures_are_drawn_and_p_is_measured_if_it_has_learned(is_learned, tmp_path, monkeypatch,
+                                                               capsys):
     learn = a3c.learn
-    notes = []
+    servers = []
 
     def learn_quickly(server, workers, out):
         learn(server, workers, out)
         assert len(server.after_episode) > len(server.history) == 40
-        server.after_episode = {0: policies[0], 12: policies[1], 24: policies[2]}
-        server.weights = learned
-        server.is_learned = True
-        notes.extend(server.updates)
+        server.is_learned = is_learned
+        servers.append(server)
 
     monkeypatch.setattr(pictures, "MAX_EPISODES", 40)
-    assert pictures.main([str(tmp_path / "none")]) == 1
-    assert "not learned" in capsys.readouterr().out
-    assert not list(tmp_path.glob("none/*.png")) and not list(tmp_path.glob("none/*.gif"))
-
     monkeypatch.setattr(a3c, "learn", learn_quickly)
-    with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "pink"}):
-        assert pictures.main([str(tmp_path)]) == 0
+    monkeypatch.setattr(pictures, "draw_learning", lambda server, path: path.touch())
+    with matplotlib.rc_context({"text.usetex": True}):      # the user's settings do no harm
+        status = pictures.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    drawn = {path.name for path in tmp_path.iterdir() if path.suffix in (".png", ".gif")}
 
-    others = np.mean([u.present.number - u.copy.number for u in notes])
+    if not is_learned:
+        assert status == 1 and not drawn and "It has not learned" in printed
+        return
+    assert status == 0 and drawn == {"learning.gif", "three_as.png", "learning_curve.png"}
+    updates = servers[0].updates
+    others = np.mean([u.present.number - u.copy.number for u in updates])
     change = np.mean([abs(forward(u.copy.weights, s)[0] - forward(u.present.weights, s)[0]) @ a
-                      for u in notes for s, a in zip(u.s, u.a)])
+                      for u in updates for s, a in zip(u.s, u.a)])
     assert (f"between copy and update: {others:.1f} updates by others on average, p of the chosen"
-            f" actions changed by {change:.3f}\n") in capsys.readouterr().out
-
-    # Four panels in steps of two; a panel is dark until its pole has fallen, and then pale.
-    frames = [np.array(frame.convert("RGB"))
-              for frame in ImageSequence.Iterator(Image.open(tmp_path / "learning.gif"))]
-    assert len(frames) == 101
-    for i, length in enumerate(lengths):
-        left = i * (pictures.PANEL[0] + pictures.GAP)
-        panels = [frame[pictures.HEAD:, left:left + pictures.PANEL[0]] for frame in frames]
-        dark = [panel.max(axis=-1).min() < 50 for panel in panels]
-        assert dark == [2 * k < length or length == 200 for k in range(101)]
-        np.testing.assert_array_equal(panels[math.ceil(length / 2)], panels[-1])
-
-    assert (tmp_path / "learning_curve.png").is_file()
+            f" actions changed by {change:.3f}\n") in printed
     three_as = np.array(Image.open(tmp_path / "three_as.png").convert("RGB"), int)
     is_coloured = np.ptp(three_as, axis=-1) > 80
     middle = len(three_as) // 2
