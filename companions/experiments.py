@@ -45,11 +45,11 @@ CHANGES = [
 
 def main(argv=None):
     """Run the experiments and print the table. Return the exit status: 1 if a run has failed."""
-    parser = argparse.ArgumentParser(description="Try changes of a3c_cartpole.py.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--runs", default=5, type=common.positive_number, help="of each change")
+    parser = argparse.ArgumentParser(description="Try changes of a3c_cartpole.py.")
+    parser.add_argument("--runs", default=5, type=common.positive_number,
+                        help="runs of each change (default: 5)")
     parser.add_argument("--only", nargs="+", metavar="WORD", default=[""],
-                        help="rows that contain one of these words")
+                        help="rows that contain one of these words (default: all)")
     args = parser.parse_args(argv)
     changes = [c for c in CHANGES if any(word in c.name for word in args.only)]
     if not changes:
