@@ -59,9 +59,12 @@ except ImportError:
 def learn(run, names, args, learning_rate):
     """Start the processes, let the workers play until learning is over, and show it."""
     # M0. Start the server's process. `ray.remote` makes a class of actors, and its `remote` starts
-    #     a process with an object of the class. num_cpus=0: Ray starts it even if other programs
-    #     have taken all CPUs of the cluster. (Ray only counts CPUs.)
-    server_class = ray.remote(num_cpus=0)(Server)
+    #     a process with an object of the class. The server runs on the driver's machine, so that it
+    #     is not lost with another one. num_cpus=0: it starts even if other programs have taken all
+    #     CPUs of the cluster. (Ray only counts CPUs.)
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False)
+    server_class = ray.remote(num_cpus=0, scheduling_strategy=here)(Server)
     server = server_class.remote(args.seed, args.max_episodes, learning_rate)
 
     # M1. Start the workers' processes, on any machines with free CPUs. The handles are kept in a
@@ -86,7 +89,7 @@ def learn(run, names, args, learning_rate):
             except lost_errors() as error:
                 common.say(f"{name} is lost: {reason(error)}")
 
-    # M3. Only the winner has something to hand over. The end of the program ends the others.
+    # M3. Only the winner has something to hand over. ray.shutdown, in `main`, ends all processes.
     if run.is_learned:
         winner = run.history[-1].worker
         try:
@@ -132,7 +135,7 @@ class RemoteServer(a3c.ParameterServer):
     """
 
     def __init__(self, server, seed):
-        super().__init__(seed)      # makes `compiled_gradients`, which need not be sent
+        super().__init__(seed)      # makes `compiled_gradients` and `stop` for this process
         self.server = server        # the handle of the server's actor
         self.steps_since_update = 0
         self.take(ray.get(self.server.state.remote()))      # the first θ

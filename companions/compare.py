@@ -29,31 +29,28 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-FOLDER = Path(__file__).resolve().parent
-
-# `file` and `options` are what a user types after "python". {run} is the number of the run, from 1
-# on: the seed of those programs that a seed makes repeatable. `colour` and `line` are for the
-# picture: Okabe and Ito's colours, which colour-blind readers can tell apart.
-Program = collections.namedtuple("Program", "file options env colour line")
-
 V0 = "CartPole-v0"
 V1 = "CartPole-v1"
 LIMITS = {V0: 200, V1: 500}     # the most steps of an episode
 
+# `command` is what a user types after "python companions/". {run} is the number of the run, from 1
+# on: the seed of those programs that a seed makes repeatable. `colour` and `line` are for the
+# picture: Okabe and Ito's colours, which colour-blind readers can tell apart.
+Program = collections.namedtuple("Program", "command env colour line")
 PROGRAMS = {
-    "a3c_cartpole": Program("../a3c_cartpole.py", "--no-render", V0, common.BLUE, "-"),
-    "a3c_two_networks": Program("a3c_two_networks.py", "--no-render", V0, "#CC79A7", "-"),
-    "a3c_processes": Program("a3c_processes.py", "--no-render", V0, common.ORANGE, "-"),
+    "a3c_cartpole": Program("../a3c_cartpole.py --no-render", V0, common.BLUE, "-"),
+    "a3c_two_networks": Program("a3c_two_networks.py --no-render", V0, "#CC79A7", "-"),
+    "a3c_processes": Program("a3c_processes.py --no-render", V0, common.ORANGE, "-"),
     "a3c_processes_2": Program(
-        "a3c_processes.py", "--num-process 2 --no-render", V0, common.ORANGE, "--"),
+        "a3c_processes.py --num-process 2 --no-render", V0, common.ORANGE, "--"),
     "a3c_processes_1": Program(
-        "a3c_processes.py", "--num-process 1 --no-render", V0, common.ORANGE, ":"),
-    "a3c_ray": Program("a3c_ray.py", "--no-render", V0, "#E69F00", "-"),
-    "ppo_cartpole": Program("ppo_cartpole.py", "--seed {run} --no-render", V0, common.GREEN, "-"),
-    "dqn_cartpole": Program("dqn_cartpole.py", "--seed {run} --no-render", V1, "#000000", "-"),
-    "sb3_a2c": Program("sb3_peers.py", "A2C --seed {run}", V0, "#56B4E9", "--"),
-    "sb3_ppo": Program("sb3_peers.py", "PPO --seed {run}", V0, common.GREEN, "--"),
-    "sb3_dqn": Program("sb3_peers.py", "DQN --seed {run}", V1, "#000000", "--"),
+        "a3c_processes.py --num-process 1 --no-render", V0, common.ORANGE, ":"),
+    "a3c_ray": Program("a3c_ray.py --no-render", V0, "#E69F00", "-"),
+    "ppo_cartpole": Program("ppo_cartpole.py --seed {run} --no-render", V0, common.GREEN, "-"),
+    "dqn_cartpole": Program("dqn_cartpole.py --seed {run} --no-render", V1, "#000000", "-"),
+    "sb3_a2c": Program("sb3_peers.py A2C --seed {run}", V0, "#56B4E9", "--"),
+    "sb3_ppo": Program("sb3_peers.py PPO --seed {run}", V0, common.GREEN, "--"),
+    "sb3_dqn": Program("sb3_peers.py DQN --seed {run}", V1, "#000000", "--"),
 }
 DEFAULT = ["a3c_cartpole", "a3c_two_networks", "a3c_processes", "a3c_ray", "ppo_cartpole",
            "dqn_cartpole"]
@@ -89,27 +86,24 @@ def main(argv=None):
             for name in args.names:
                 common.say(f"run {number} of {args.runs}, {name}")
                 folder = args.out / name / f"run{number}"
-                runs[name].append(run_once(PROGRAMS[name], number, folder, args.time_limit))
+                runs[name].append(run_once(name, number, folder, args.time_limit))
     finally:
-        # After Ctrl-C, too: from the runs that there are.
-        with common.uninterrupted():
-            rows = [make_row(name, runs[name]) for name in args.names if runs[name]]
-            with open(args.out / "comparison.csv", "w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *rows])
+        with common.uninterrupted():        # after Ctrl-C, too: from the runs that there are
+            make_table(runs, args.out / "comparison.csv")
             draw(runs, args.out / "comparison.png")
-            print_table(rows)
             common.say(f"table and picture are in {args.out}")
     return 1 if any(None in some for some in runs.values()) else 0
 
 
-def run_once(program, number, folder, time_limit):
+def run_once(name, number, folder, time_limit):
     """Run a program to its end and return its Run, or None if it failed.
 
     To have tried and not learned is no failure. The cold start includes all imports and what is
     compiled, but not the pictures, the test and the films, which come after the summary line.
     """
-    options = program.options.format(run=number).split()
-    command = [sys.executable, str(FOLDER / program.file), *options, "--out", str(folder)]
+    file, *options = PROGRAMS[name].command.format(run=number).split()
+    path = Path(__file__).resolve().parent / file
+    command = [sys.executable, str(path), *options, "--out", str(folder)]
     summary = None
     test = None
     started = time.perf_counter()
@@ -117,18 +111,18 @@ def run_once(program, number, folder, time_limit):
         timer = threading.Timer(time_limit, process.kill)
         timer.start()
         try:
-            for line in process.stdout:         # as they arrive
-                if SUMMARY.match(line):
+            for line in process.stdout:     # each line when it is printed, so that it can be timed
+                if match := SUMMARY.match(line):
                     cold_start = time.perf_counter() - started
-                    summary = SUMMARY.match(line)
-                    common.say(f"    {summary[0]}")
-                if TEST.match(line):
-                    test = TEST.match(line)
-                    common.say(f"    {test[0]}")
+                    summary = match
+                    common.say(f"    {match[0]}")
+                if match := TEST.match(line):
+                    test = match
+                    common.say(f"    {match[0]}")
             status = process.wait()
         finally:
             timer.cancel()
-            process.kill()      # it may still run after Ctrl-C
+            process.kill()                  # (it may still run after Ctrl-C)
 
     if time.perf_counter() - started > time_limit:
         common.say(f"    failed: ended after {time_limit} s")
@@ -148,6 +142,20 @@ def run_once(program, number, folder, time_limit):
 
 COLUMNS = ["program", "environment", "learned", "cold start s", "steps", "episodes", "steps/s",
            "test mean"]
+CAPTION = ("Medians of the runs that learned; of the test, of all runs that played one. Cold start:"
+           " from the start of the process to its line \"learned in\".")
+
+
+def make_table(runs, path):
+    """Save the table and print it, with a row for each program."""
+    rows = [make_row(name, runs[name]) for name in runs if runs[name]]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    table = Table(*COLUMNS, caption=CAPTION, caption_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    width = max(110, Console().width)       # into a file, rich would write only 80 columns
+    Console(width=width).print(table)
 
 
 def make_row(name, runs):
@@ -167,24 +175,11 @@ def median_text(values, digits=0):
     return f"{np.median(values):.{digits}f}" if values else ""
 
 
-def print_table(rows):
-    """Print the table."""
-    table = Table(caption="Medians of the runs that learned; of the test, of all runs that played"
-                          " one. Cold start: from the start of the process to its line \"learned"
-                          " in\".", caption_justify="left")
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i < 3 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    width = max(110, Console().width)       # into a file, rich would write only 80 columns
-    Console(width=width).print(table)
-
-
 # == The picture ===================================================================================
 
 @matplotlib.rc_context(matplotlib.rcParamsDefault)      # whatever the user's matplotlibrc says
 def draw(runs, path):
-    """Draw the curves of all programs, with one panel for each environment."""
+    """Draw a curve for each run of each program, with one panel for each environment."""
     envs = sorted({PROGRAMS[name].env for name in runs})
     figure = Figure(figsize=(8, 1 + 3 * len(envs)), layout="constrained")
     panels = figure.subplots(len(envs), sharex=True, squeeze=False)[:, 0]
@@ -192,50 +187,35 @@ def draw(runs, path):
         axes.set(title=f"{env}: at most {LIMITS[env]} steps per episode", xscale="log",
                  ylim=(0, 1.05 * LIMITS[env]), ylabel="steps per episode")
         axes.grid(color="0.9")
-        for name in runs:
-            if PROGRAMS[name].env == env:
-                draw_program(axes, name, [run.history for run in runs[name] if run])
+        for name, some in runs.items():
+            _, program_env, colour, line = PROGRAMS[name]
+            if program_env != env:
+                continue
+            axes.plot([], [], line, color=colour, label=name)       # for the legend
+            for run in some:
+                if run:
+                    steps, means = best_means(run.history)
+                    axes.step(steps, means, line, color=colour, linewidth=1, where="post")
+                    if run.is_learned:
+                        axes.plot(steps[-1], means[-1], "o", color=colour, markersize=4)
+        axes.legend(loc="center left", bbox_to_anchor=(1, .5), frameon=False, handlelength=3)
     panels[-1].set_xlabel("environment steps of all workers together")
-    figure.suptitle("The best worker's mean of its last ten episodes: median of the runs,\n"
-                    "shaded from the worst run to the best. Dot: the median has learned.",
-                    fontsize="medium")
+    figure.suptitle("The best mean of ten successive episodes of one worker so far: a line for each"
+                    "\nrun, with a dot at its end if it has learned", fontsize="medium")
     figure.savefig(path)
 
 
-def draw_program(axes, name, histories):
-    """Draw the median of a program's runs, and the range between the worst and the best of them."""
-    histories = [h for h in histories if any(int(e["episode"]) >= 10 for e in h)]
-    if not histories:
-        return
-    program = PROGRAMS[name]
-    steps = np.array(sorted({int(e["total_steps"]) for history in histories for e in history}))
-    means = np.array([best_mean(history, steps) for history in histories])      # (runs, steps)
-    median = np.median(means, axis=0)                   # NaN until every run has a mean
-    learned = np.flatnonzero(median > LIMITS[program.env] - 1)
-    axes.plot(steps, median, program.line, color=program.colour, label=name,
-              drawstyle="steps-post", marker="o", markevery=learned[:1].tolist())
-    axes.fill_between(steps, means.min(axis=0), means.max(axis=0), step="post",
-                      color=program.colour, alpha=.12, linewidth=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1, .5), frameon=False, handlelength=3)
+def best_means(history):
+    """Find the best mean of ten successive episodes of one worker so far.
 
-
-def best_mean(history, steps):
-    """Find the best worker's mean of its last ten episodes, after each number in `steps` (N,).
-
-    `steps` are environment steps of all workers together. A worker counts from its tenth episode,
-    because before that its mean still contains zeros. Where there is no such worker yet, the result
-    is NaN. After the last episode it stays as it was.
+    Return steps, those of all workers together, and the best mean after each of them. A worker
+    counts from its tenth episode, because before that its mean still contains zeros.
     """
-    latest = {}             # of each worker: its mean
-    changes = []            # when the best mean may have changed, in steps
-    best = [np.nan]         # the best mean before the first change, after it, after the second, …
-    for e in sorted(history, key=lambda e: int(e["total_steps"])):
-        if int(e["episode"]) >= 10:
-            latest[e["worker"]] = float(e["mean_of_last_10"])
-            changes.append(int(e["total_steps"]))
-            best.append(max(latest.values()))
-    passed = np.searchsorted(changes, steps, side="right")
-    return np.array(best)[passed]
+    complete = [e for e in history if int(e["episode"]) >= 10]
+    complete.sort(key=lambda e: int(e["total_steps"]))
+    steps = [int(e["total_steps"]) for e in complete]
+    means = [float(e["mean_of_last_10"]) for e in complete]
+    return steps, np.maximum.accumulate(means)
 
 
 # ==================================================================================================

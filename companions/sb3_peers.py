@@ -1,14 +1,12 @@
 """A2C, PPO and DQN of Stable-Baselines3 on CartPole, to compare our programs with.
 
     python -m pip install stable-baselines3
-    python -m companions.sb3_peers A2C --seed 1     # history.csv is then in movie/sb3_peers
+    python companions/sb3_peers.py A2C --seed 1     # history.csv is then in movie/sb3_peers
 
 compare.py runs this like the other programs: it prints the two lines that compare.py reads, writes
 the same history.csv and ends with the same exit status. Learning ends by the main file's rule, in
-StopRule.
-
-What the main file and common.py have already, the rule and Episode, is written here once more,
-because with their import these algorithms would have to wait until TensorFlow is imported.
+StopRule. (Nothing is taken from common.py, because it imports TensorFlow, for which these
+algorithms would have to wait.)
 """
 import argparse
 import collections
@@ -32,7 +30,7 @@ ZOO = {
         exploration_final_eps=.04, policy_kwargs=dict(net_arch=[256, 256]))),
 }
 
-Episode = collections.namedtuple("Episode", "thread episode steps mean_of_last_10 total_steps")
+Episode = collections.namedtuple("Episode", "worker episode steps mean_of_last_10 total_steps")
 
 
 class StopRule:
@@ -74,7 +72,9 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, help="fix the random numbers")
     parser.add_argument("--out", default=Path("movie/sb3_peers"), type=Path, help="for history.csv")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
 
+    # Here, so that the tests can import this file without Stable-Baselines3
     import gymnasium as gym
     import stable_baselines3
     import torch
@@ -92,16 +92,14 @@ def main(argv=None):
     model.learn(max_steps, callback=rule)
     seconds = time.perf_counter() - started
 
-    args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "history.csv", "w", newline="") as file:
         csv.writer(file).writerows([Episode._fields, *rule.history])
     outcome = "learned" if rule.is_learned else "not learned"
     steps = model.num_timesteps
     print(f"{outcome} in {seconds:.1f} s: {steps} steps, {len(rule.history)} episodes,"
           f" {n_envs} workers, {steps / seconds:.0f} steps/s", flush=True)
-    if rule.is_learned or args.algorithm == "DQN":      # like dqn_cartpole: in any case
-        mean, _ = evaluate_policy(model, make_vec_env(env_name, 1, args.seed), 10, warn=False)
-        print(f"test: mean of 10 episodes {mean:.1f} steps")
+    mean, _ = evaluate_policy(model, make_vec_env(env_name, 1, args.seed), 10, warn=False)
+    print(f"test: mean of 10 episodes {mean:.1f} steps")
     return 0 if rule.is_learned else 1
 
 

@@ -129,100 +129,11 @@ def test_only_learning_needs_ray(monkeypatch, capsys, tmp_path):
 
 # -- runs with Ray
 
-@pytest.fixture
-def cluster():
-    """A Ray cluster of two nodes on this machine, with a CPU each."""
-    from ray.cluster_utils import Cluster
-    os.environ["RAY_worker_niceness"] = "0"     # otherwise actors wait for all else that runs here
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    cluster.second_node = cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
-    del os.environ["RAY_worker_niceness"]
-
-
-@needs_ray
-def test_it_learns_on_two_nodes_and_goes_on_when_one_is_removed(
-        cluster, monkeypatch, capfd, tmp_path):
-    def finish_episode(run, *episode):
-        original(run, *episode)
-        if len(run.episodes) == 2 and cluster.second_node in cluster.worker_nodes:
-            cluster.remove_node(cluster.second_node, allow_graceful=False)
-
-    original = common.Run.finish_episode
-    monkeypatch.setattr(common.Run, "finish_episode", finish_episode)
-    status = a3c_ray.main(["--address", cluster.address, "--workers", "2", "--no-render",
-                           "--test-episodes", "1", "--out", str(tmp_path)])
-    out, err = capfd.readouterr()
-    assert (status, err) == (0, "")
-    assert out.count(" is lost: ") == out.count(" is lost") == 1
-    assert "\nlearned in " in out and " 2 workers, " in out
-    assert float(out.partition("test: mean of 1 episodes ")[2].split()[0]) >= 195
-    assert weights_in(tmp_path, "A3C.weights.h5")
-
-
-@needs_ray
-def test_on_a_busy_cluster_it_says_so_and_goes_on_when_a_cpu_is_free(
-        cluster, monkeypatch, tmp_path):
-    import ray
-    ray.init(cluster.address)
-    holder_class = ray.remote(num_cpus=1)(type("Holder", (), {}))
-    for name in "one", "two":               # another program's actors, which hold all CPUs
-        holder_class.options(name=name, namespace="other", lifetime="detached").remote()
-    while ray.available_resources().get("CPU", 0):
-        time.sleep(.1)
-    ray.shutdown()
-
-    def say(line):
-        said.append(line)
-        if "wait until" in line:
-            ray.kill(ray.get_actor("one", namespace="other"))
-
-    said = []
-    monkeypatch.setattr(common, "say", say)
-    assert a3c_ray.main(["--address", cluster.address, "--workers", "1", "--max-episodes", "1",
-                         "--test-episodes", "0", "--no-render", "--out", str(tmp_path)]) == 1
-    assert said[0].startswith("0 CPUs of the cluster are free")
-    with open(tmp_path / "history.csv", newline="") as file:
-        assert [row["worker"] for row in csv.DictReader(file)] == ["worker_1"]
-
-
-@needs_ray
-def test_another_version_of_ray_and_then_a_lost_server_end_the_run_with_one_line(
-        cluster, monkeypatch, capfd, tmp_path):
-    import ray
-    options = ["--address", cluster.address, "--workers", "1", "--seed", "5", "--no-render",
-               "--test-episodes", "0", "--out", str(tmp_path)]
-    with monkeypatch.context() as other:
-        other.setattr(ray, "__version__", "2.0.1")
-        line = refused(capfd, *options)
-    assert "Version mismatch: The cluster was started with: Ray: " in line and "2.0.1" in line
-
-    class Server(a3c_ray.Server):       # (as it is not a module's, Ray sends this class as it is)
-        def news(self, known):
-            if known > 0:               # is lost when the driver has heard of an episode
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().news(known)
-
-    monkeypatch.setattr(a3c_ray, "Server", Server)
-    with pytest.raises(SystemExit) as end:
-        a3c_ray.main(options)
-    assert end.value.code.startswith("error: the server is lost, and with it the run: ")
-    assert "\n" not in end.value.code       # Python prints it, and ends with status 1
-    out, err = capfd.readouterr()
-    assert "\nnot learned in " in out and " is lost" not in out and err == ""
-    assert (weights_in(tmp_path)[0] != a3c.ParameterServer(seed=5).weights[0]).any()
-
-
 @needs_ray
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-def test_lost_workers_cost_a_line_each_and_two_ctrl_c_keep_the_results_and_leave_no_process(
-        monkeypatch, capfd, tmp_path):
+def test_two_ctrl_c_keep_the_results_and_leave_no_process(monkeypatch, tmp_path):
     mark = f"test_ctrl_c_{os.getpid()}"
     monkeypatch.setenv("MARK", mark)
-    options = ["--workers", "2", "--seed", "5", "--no-render", "--test-episodes", "0",
-               "--out", str(tmp_path)]
 
     def processes():
         """Ids of the processes that have been started since."""
@@ -244,7 +155,7 @@ def test_lost_workers_cost_a_line_each_and_two_ctrl_c_keep_the_results_and_leave
     original = common.Run.finish_episode
     monkeypatch.setattr(common.Run, "finish_episode", finish_episode)
     with pytest.raises(KeyboardInterrupt):
-        a3c_ray.main(options)
+        a3c_ray.main(["--workers", "1", "--no-render", "--out", str(tmp_path)])
     assert weights_in(tmp_path) and (tmp_path / "history.csv").is_file()
     assert len(started) > 2
     end = time.monotonic() + 30
@@ -252,14 +163,113 @@ def test_lost_workers_cost_a_line_each_and_two_ctrl_c_keep_the_results_and_leave
         time.sleep(.1)
     assert not processes()
 
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of two nodes on this machine, with a CPU each."""
+    from ray.cluster_utils import Cluster
+    os.environ["RAY_worker_niceness"] = "0"     # otherwise actors wait for all else that runs here
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.second_node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+    del os.environ["RAY_worker_niceness"]
+
+
+@pytest.fixture
+def options(cluster, tmp_path):
+    return ["--address", cluster.address, "--seed", "5", "--no-render", "--test-episodes", "0",
+            "--out", str(tmp_path)]
+
+
+@needs_ray
+def test_another_version_of_ray_is_named_with_ours(options, monkeypatch, capfd):
+    with monkeypatch.context() as other:
+        other.setattr(a3c_ray.ray, "__version__", "2.0.1")
+        line = refused(capfd, *options)
+    assert "Version mismatch: The cluster was started with: Ray: " in line and "2.0.1" in line
+
+
+@needs_ray
+def test_a_busy_cluster_is_waited_for_with_a_line(cluster, options, monkeypatch, tmp_path):
+    ray = a3c_ray.ray
+    ray.init(cluster.address)
+    holder_class = ray.remote(num_cpus=1)(type("Holder", (), {}))
+    for name in "one", "two":           # actors of another program, which hold all CPUs
+        holder_class.options(name=name, namespace="other", lifetime="detached").remote()
+    end = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) and time.monotonic() < end:
+        time.sleep(.1)
+    ray.shutdown()
+
+    def say(line):
+        said.append(line)
+        if "wait until" in line:
+            for name in "one", "two":
+                ray.kill(ray.get_actor(name, namespace="other"))
+
+    said = []
+    monkeypatch.setattr(common, "say", say)
+    assert a3c_ray.main([*options, "--workers", "1", "--max-episodes", "1"]) == 1
+    assert said[0].startswith("0 CPUs of the cluster are free")
+    with open(tmp_path / "history.csv", newline="") as file:
+        assert [row["worker"] for row in csv.DictReader(file)] == ["worker_1"]
+
+
+# The next two tests define classes in a function, because Ray sends such a class as it is to the
+# other processes.
+
+@needs_ray
+def test_a_lost_server_ends_the_run_and_the_weights_seen_last_are_kept(
+        options, monkeypatch, capfd, tmp_path):
+    class Server(a3c_ray.Server):
+        def news(self, known):
+            if known > 0:               # is lost when the driver has heard of an episode
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().news(known)
+
+    monkeypatch.setattr(a3c_ray, "Server", Server)
+    with pytest.raises(SystemExit) as end:
+        a3c_ray.main([*options, "--workers", "1"])
+    # Python prints this, and ends with status 1.
+    assert end.value.code.startswith("error: the server is lost, and with it the run: ")
+    out, err = capfd.readouterr()
+    assert "\n" not in end.value.code and err == ""
+    assert "\nnot learned in " in out and " is lost" not in out
+    assert (weights_in(tmp_path)[0] != a3c.ParameterServer(seed=5).weights[0]).any()
+
+
+@needs_ray
+def test_if_all_workers_are_lost_the_run_ends_and_the_weights_are_kept(
+        options, monkeypatch, capfd, tmp_path):
     class Worker(a3c_ray.Worker):
         def run(self, *_):
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(a3c_ray, "Worker", Worker)
-    capfd.readouterr()
-    assert a3c_ray.main(options) == 1
+    assert a3c_ray.main([*options, "--workers", "2"]) == 1
     out, err = capfd.readouterr()
     assert out.count("worker_1 is lost: ") == out.count("worker_2 is lost: ") == 1
     assert err == "error: all workers are lost\n"
     np.testing.assert_array_equal(weights_in(tmp_path)[0], a3c.ParameterServer(seed=5).weights[0])
+
+
+@needs_ray
+def test_it_learns_on_two_nodes_and_goes_on_when_one_is_removed(
+        cluster, options, monkeypatch, capfd, tmp_path):
+    def finish_episode(run, *episode):
+        original(run, *episode)
+        both_play = len({e.worker for e in run.history}) == 2
+        if both_play and cluster.second_node in cluster.worker_nodes:
+            cluster.remove_node(cluster.second_node, allow_graceful=False)
+
+    original = common.Run.finish_episode
+    monkeypatch.setattr(common.Run, "finish_episode", finish_episode)
+    status = a3c_ray.main([*options, "--workers", "2", "--test-episodes", "1"])
+    out, err = capfd.readouterr()
+    assert (status, err) == (0, "")
+    assert out.count(" is lost: ") == out.count(" is lost") == 1
+    assert "\nlearned in " in out and " 2 workers, " in out
+    assert float(out.partition("test: mean of 1 episodes ")[2].split()[0]) >= 195
+    assert weights_in(tmp_path, "A3C.weights.h5")
