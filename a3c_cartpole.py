@@ -315,7 +315,8 @@ class ParameterServer:
     the gradients of thread 1 are right, but for θ0. They come late, because they change θ1.
 
     Why does this do little harm? With eight threads, seven updates by others come in between on
-    average, and change p only little. So the gradients still point nearly the right way.
+    average. In the states of the batch they change p by 0.02 on average (companions/pictures.py
+    measures it over whole runs). So the gradients still point nearly the right way.
 
     Why several threads? Successive steps of one game resemble each other, and a network that learns
     from them alone may forget the other parts of the game. DQN therefore learns from old steps,
@@ -570,7 +571,7 @@ def parse_options(parser, argv):
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
-        parser.error(f"argument --out: cannot write there: {error}")
+        parser.error(f"cannot write to the folder {args.out}: {error}")
     gym.logger.min_level = gym.logger.ERROR
     return args
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import common
 
 import a3c_cartpole as a3c
+import microscope
 
 import gymnasium as gym
 import matplotlib
-import microscope
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont

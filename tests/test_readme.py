@@ -20,11 +20,10 @@ def test_files_that_commands_and_links_name_are_there(readme):
     text = read(readme)
     linked = [(ROOT / readme).parent / path for path in re.findall(r"\]\(([\w./]+)", text)
               if not path.startswith("http")]
-    programs = [ROOT / path for path in re.findall(r"(?:-r|python|-q) (\S+\.(?:txt|py))", text)]
-    modules = [ROOT / f"companions/{name}.py" for name in re.findall(r"-m companions\.(\w+)", text)
-               if name != "NAME"]
-    assert linked and modules
-    assert [path for path in linked + programs + modules if not path.exists()] == []
+    named = [ROOT / path for path in re.findall(r"(?:-r|python|%run|uv run) (\S+\.(?:txt|py))", text)
+             if "NAME" not in path]
+    assert linked and named
+    assert [path for path in linked + named if not path.exists()] == []
 
 
 @pytest.mark.parametrize("readme", READMES[:2])

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import common  # noqa: F401
 
 import a3c_cartpole as a3c
-
 import experiments
+import microscope
+import pictures
+
 import gymnasium as gym
 import matplotlib
-import microscope
 import numpy as np
-import pictures
 import pytest
 from PIL import Image, ImageSequence
 
