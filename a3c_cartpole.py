@@ -20,8 +20,8 @@ repeats the nine steps of the article's list:
     1. copy the shared weights: θ' ← θ                 LocalBrain.pull_parameter_server
     2. choose an action a in the state s, using θ'     Agent.act
     3. do it, which gives a reward and a new state     Environment.run
-    4. remember it; when n = 5 rewards from it on      Agent.advantage_push_local_brain
-       are known, or at the end, it is a sample
+    4. remember it; it becomes a sample when n = 5     Agent.advantage_push_local_brain
+       rewards are known, or when the episode ends
     5. repeat 2 to 4, T_MAX = 10 times or until the    Environment.run
        episode ends
     6. compute the gradients of the loss, using θ'     loss_gradients, loss_total
@@ -35,7 +35,7 @@ the article's pi_θ(a|s). θ is never the pole's angle here. In shapes, B is the
 
 This is the program of Sugulu's article 「実装しながら学ぶA3C」 of 2017, for today's libraries:
 https://qiita.com/sugulu/items/acbc909dd9b74b043e45. The classes come in the order in which the
-article explains them, and the names are its own. README.md lists what differs. "The paper" is
+article explains them, and most names are its own. README.md lists what differs. "The paper" is
 Mnih et al., 2016, https://arxiv.org/abs/1602.01783.
 """
 import argparse
@@ -96,7 +96,7 @@ T_MAX = 10              # steps of a thread between two of its updates, at most 
 MAX_EPISODES = 20_000   # of all threads together; not in the article
 
 # -- constants of ε-greedy (ε-greedy法): with probability ε an action is random, and p is ignored.
-# (This is the article's. The paper's A3C has no ε: to draw with p tries both actions, too.)
+# (The article adds this. The paper's A3C has no ε, as drawing with p already tries both actions.)
 EPS_START = .5
 EPS_END = 0.
 EPS_STEPS = 200 * N_WORKERS     # after this number of steps, of all threads together, ε is EPS_END
@@ -120,7 +120,7 @@ def main(argv=None):
         learn(parameter_server, workers, args.out)  # M2 and M3
         if not parameter_server.is_learned:
             return 1
-    test(parameter_server, args)
+    test(parameter_server, args)                    # (article: a thread that sleeps until then)
     return 0
 
 
@@ -206,9 +206,9 @@ class Environment:
     def reward(self, step, done):
         """Return the article's reward for a step. (gym's is 1 for every step.)
 
-        It is 0 until the episode ends. So a correct V(s) lies between -1 and 1, and is near -1
-        shortly before a fall. (The time limit counts as an end, too, although the pole still
-        stands. Strictly, V(s') should follow there.)
+        It is 0 until the episode ends. So V(s) should lie between -1 and 1, and near -1 shortly
+        before a fall. (The time limit counts as an end, too, although the pole still stands.
+        Strictly, V(s') should follow there.)
         """
         if not done:
             return 0
@@ -217,7 +217,7 @@ class Environment:
         return 1            # the episode has reached step 199 (CartPole-v1: 499)
 
     def finish_episode(self, step):
-        """Count an episode. If the last ten have a mean above 199 (v1: 499), learning is over."""
+        """Count an episode. If this thread's last ten average above 199 (v1: 499), all can stop."""
         self.count_trial_each_thread += 1
         self.total_reward_vec = np.hstack((self.total_reward_vec[1:], step))
         self.last_weights.append(self.agent.brain.weights)
@@ -226,8 +226,8 @@ class Environment:
                           self.parameter_server.frames)
         is_winner = self.parameter_server.record(episode, bool(mean > self.max_steps - 1))
         if is_winner:
-            # Not in the article, which hands over the last θ'. With the mean of these ten θ' the
-            # pole falls less often.
+            # Not in the article, which hands over the last θ'. With one in eight of these the pole
+            # falls in the test; with the mean of the last ten θ', hardly ever.
             brain = self.agent.brain
             brain.weights = [np.mean(arrays, axis=0) for arrays in zip(*self.last_weights)]
             brain.push_parameter_server()
@@ -273,16 +273,17 @@ class Agent:
 
         (Where the article prints γ·r(t), read γ·r(t+1).) During an episode all rewards are 0, so R
         is γ^n·V(s'). At its end (終端, s_ is None) nothing follows. After a fall R is -1 for the
-        last step, and -γ, -γ^2, … for the n - 1 steps before it; after step 199 the same with +1.
+        last step, and -γ, -γ^2, … for the n - 1 steps before it; if the episode ends at step 199 or
+        200, the same with +1. There R is exact. So V(s) becomes right near the end first, and each
+        update carries this up to n steps back.
 
         Do not mix up n and T_MAX. The update after step T_MAX = 10 has the samples of steps 1 to 6.
-        Steps 7 to 10 wait for more rewards, and are in the update after step 20.
+        Steps 7 to 10 wait for more rewards, and come into the next update.
 
         Why n = 5? With n = 1, each update carries the effect of a fall only one step back. With
         n = 50, R depends on which fifty actions happened to be drawn, and says little about the
         first of them. 5 is in between. (The article's reason, that an unfinished Q chooses the
-        later actions, is about Q-learning. In the paper n is not fixed: each sample looks ahead to
-        the end of its batch.)
+        later actions, is about Q-learning. In the paper n is not fixed.)
         """
         a_cats = np.zeros(NUM_ACTIONS)      # a as one-hot
         a_cats[a] = 1
@@ -315,14 +316,16 @@ class ParameterServer:
     the gradients of thread 1 are right, but for θ0. They come late, because they change θ1.
 
     Why does this do little harm? With eight threads, seven updates by others come in between on
-    average. In the states of the batch they change p by 0.02 on average (companions/pictures.py
-    measures it over whole runs). So the gradients still point nearly the right way.
+    average, because each of the other seven makes about one. They change p by 0.02 on average, in
+    the states of the batch, in whole runs (companions/pictures.py measures it). So the gradients
+    still point nearly the right way.
 
     Why several threads? Successive steps of one game resemble each other, and a network that learns
     from them alone may forget the other parts of the game. DQN therefore learns from old steps,
-    too, its replay memory. A3C cannot, because their actions were drawn with another p. So its
-    updates come from several games in turn. (Without a replay memory one may use an LSTM, as the
-    article says. CartPole is so easy that one thread learns it, too.)
+    too, its replay memory. A3C cannot, because their actions were drawn with quite another p. So
+    its updates come from several games, mixed as the threads happen to run. (As nothing is
+    shuffled, one may use an LSTM, as the article says. CartPole is so easy that one thread learns
+    it, too.)
 
     Why does no thread wait? In the paper each has a core of its own, and this keeps all of them
     busy. Here it brings no speed, because Python runs the code of one thread at a time.
@@ -338,10 +341,9 @@ class ParameterServer:
         # θ, six arrays: kernel and bias of the hidden layer, of p and of V. (While the threads
         # learn, the model's own weights are not used.)
         self.weights = self.model.get_weights()
-        # RMSProp's running means of squared gradients. They start at 1, as in TensorFlow 1, which
-        # makes the first updates small.
+        # RMSProp's running means of squared gradients. (TensorFlow 1, too, starts at 1.)
         self.mean_squares = [np.ones_like(w) for w in self.weights]
-        self.compiled_gradients = compile_gradients(self.model)     # one function for all threads
+        self.compiled_gradients = compile_gradients(self.model)     # loss_gradients, compiled
 
         self.lock = threading.Lock()
         self.frames = 0                 # steps of all learning threads (paper: T)
@@ -364,12 +366,12 @@ class ParameterServer:
     def apply_gradients(self, gradients):
         """8. Change θ by gradients, a list of arrays: one step of RMSProp.
 
-        RMSProp divides each weight's gradient by its usual size, so that no weight's steps are
-        much larger than those of others.
+        RMSProp divides the gradient of each weight by its usual size, so that after a while all
+        weights take steps of about the same size.
         """
         # Why a lock (排他制御)? Python may switch threads at any moment. If two of them read θ1 and
         # each stored a new θ made from it, the second would erase the first one's update. (Article
-        # and paper have no lock, the paper on purpose, for speed.)
+        # and paper have no lock. The paper accepts such a loss, for speed.)
         with self.lock:
             if self.stop.is_set():
                 return      # learning is over: only the thread that has learned may set θ now
@@ -400,7 +402,8 @@ class ParameterServer:
 class LocalBrain:
     """A thread's copy θ' of the network, and its samples. Article: 「LocalBrain」.
 
-    In the article each LocalBrain has a Keras model. Here it has only a list of weights.
+    In the article each LocalBrain has a Keras model, and needs scopes and a session. Here it has
+    only a list of weights. The article's `_build_graph` is loss_gradients and loss_total.
     """
 
     def __init__(self, parameter_server):
@@ -411,13 +414,13 @@ class LocalBrain:
     def pull_parameter_server(self):
         """1. and 9. Take the weights that the server has now: θ' ← θ."""
         # Server and brain now hold the same list. That is as good as a copy, because an update does
-        # not change this list, but puts a new one in its place. No lock: to read a name is a single
-        # action of Python, so old and new are never mixed.
+        # not change this list, but puts a new one in its place. No lock: as this is one assignment,
+        # a thread sees the old list or the new one, never a mixture.
         self.weights = self.parameter_server.weights
 
     def push_parameter_server(self):
         """Give the server these weights: θ ← θ'. Only the winner does so, when learning is over."""
-        # No lock: `stop` is set, so no update follows.
+        # No lock: `stop` was set under the lock, so no update follows.
         self.parameter_server.weights = self.weights
 
     def predict(self, s):
@@ -435,7 +438,7 @@ class LocalBrain:
         return p, v[..., 0]
 
     def predict_p(self, s):
-        """The probability of each action (2,) in the state s (4,)."""
+        """Compute the probability of each action (2,) in the state s (4,)."""
         p, _ = self.predict(s)
         return p
 
@@ -450,7 +453,6 @@ class LocalBrain:
         """6. and 7. Turn the queued samples into gradients, and hand these to the server."""
         if len(self.train_queue) < MIN_BATCH:
             return      # the samples wait (with n = 5 and T_MAX = 10 this does not happen)
-        # Make one array of all s, one of all a, and so on.
         s, a, R_n, s_, s_mask = [np.array(column, np.float32) for column in zip(*self.train_queue)]
         self.train_queue = []
 
@@ -484,27 +486,28 @@ def loss_total(p, v, a, R):
     """The loss of each sample (B,): p (B, 2), V(s) (B,), a as one-hot (B, 2), R (B,).
 
     Article: 「Actor-Critic」, and the method `_build_graph` of its LocalBrain. Paper: section 4. A
-    loss is made small, so what shall become large has a minus.
+    loss is made small, so what should grow gets a minus.
     """
     # How much better did the action turn out than the critic expected? Suppose the pole falls three
     # steps later: R = -γ^3 = -0.97. If V(s) is -0.6, the advantage is -0.37.
     #
-    # Why not R itself? Suppose R is -0.5 after the better action and -0.9 after the worse one. With
-    # R in place of the advantage, each draw would make its action less probable, even the better
-    # one. With V(s) = -0.7 the advantages are 0.2 and -0.2, so each draw helps.
+    # Why not R itself? Suppose both actions have p = 0.5, and R is -0.5 after the better one and
+    # -0.9 after the worse one. With R in place of the advantage, each draw would make its action
+    # less probable; only over many draws would the worse one lose more. That is right on average,
+    # but noisy. With V(s) = -0.7 the advantages are 0.2 and -0.2, so each draw helps.
     advantage = R - v
 
-    # The actor. By the policy gradient theorem (方策勾配定理), log p(a|s)·advantage shall increase.
+    # The actor. By the policy gradient theorem (方策勾配定理), log p(a|s)·advantage should grow.
     # With the advantage -0.37, the loss is 0.37·log p. It is smaller if p is smaller, so the action
     # becomes less probable. (If the critic had expected the fall, V(s) = -0.97, p would stay.)
     #
-    # Why the logarithm? The aim is a large Σ p·advantage over both actions, in which the slope of
-    # each p counts once. But an action with p = 0.1 is drawn only once in ten times, so each draw
+    # Why the logarithm? We want Σ p·advantage over both actions to grow, and in its slope each
+    # action counts once. But an action with p = 0.1 is drawn only once in ten times, so each draw
     # must count ten times. The logarithm does this: the slope of log p is 1/p times that of p. This
-    # must be the p of the draw. An action drawn with 0.1, but computed with 0.9, would count only
-    # 1.1 times. (Two exceptions do little harm: ε's random actions, and the n - 1 steps of a batch
-    # that were drawn with the θ' before.)
-    log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)    # of the action that was done
+    # must be the p of the draw. If p was 0.1 then, but is 0.9 now, the draw counts only 1.1 times.
+    # (Here this holds nearly: up to n - 1 samples of a batch were drawn with the θ' before, and ε's
+    # random actions count as if drawn with p.)
+    log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)    # p(a|s); 1e-10: never log 0
     # Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this loss
     # would train V(s), too. As -log p is positive, a larger V(s) would make the loss smaller, and
     # V(s) would rise above R.
