@@ -194,8 +194,8 @@ class Agent:
         """
         def is_near(kl):
             # Is the new π still near the old one? The rule is the post's, and weak: in kl only the
-            # new log π is computed with dropout, so chance has a large part in it. (Usual rules
-            # take -kl, which estimates the Kullback-Leibler divergence, the distance of the two.)
+            # new log π is computed with dropout, so chance decides. (Usual rules take -kl, which
+            # estimates the Kullback-Leibler divergence, a measure of how far the two are apart.)
             return kl <= 1.5 * TARGET_KL
 
         def take_step(_):
