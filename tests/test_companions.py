@@ -163,45 +163,42 @@ def test_a_seed_repeats_a_run_to_the_last_bit_and_another_seed_does_not(short_ru
     assert (weights_of(first) != weights_of(tmp_path / "6")).any()
 
 
-@pytest.fixture
-def signals(monkeypatch):
-    """From the end of the first episode until all is saved, press Ctrl-C every millisecond."""
-    is_saved = threading.Event()
-    finish_episode = common.Run.finish_episode
-    save = common.Run.save
-
-    def press():
-        while not is_saved.wait(.001):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    presser = threading.Thread(target=press)
-
-    def finish_and_press(run, *arguments):
-        is_over = finish_episode(run, *arguments)
-        if not presser.ident:           # it has not started yet
-            presser.start()
-        return is_over
-
-    def save_and_stop(run, seconds):
-        save(run, seconds)
-        is_saved.set()
-        presser.join()
-
-    monkeypatch.setattr(common.Run, "finish_episode", finish_and_press)
-    monkeypatch.setattr(common.Run, "save", save_and_stop)
-    yield
-    is_saved.set()
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill would end this process")
 @pytest.mark.parametrize("name", ["ppo_cartpole", "dqn_cartpole", "a3c_two_networks"])
-def test_ctrl_c_again_and_again_loses_nothing(tmp_path, signals, name):
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run_main(name, tmp_path)
-    assert signal.getsignal(signal.SIGINT) is handler
+def test_ctrl_c_each_millisecond_from_the_first_episode_on_loses_nothing(
+        tmp_path, monkeypatch, name):
+    has_played = threading.Event()
+    is_over = threading.Event()
+    finish_episode = common.Run.finish_episode
+
+    def press():
+        has_played.wait()
+        while not is_over.wait(.001):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def finish_and_press(run, *arguments):
+        result = finish_episode(run, *arguments)
+        has_played.set()
+        return result
+
+    def do_nothing(*_):     # the handler of this test: signals that come too late are harmless
+        pass
+
+    monkeypatch.setattr(common.Run, "finish_episode", finish_and_press)
+    presser = threading.Thread(target=press)
+    before = signal.signal(signal.SIGINT, do_nothing)
+    presser.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_main(name, tmp_path)
+        assert signal.getsignal(signal.SIGINT) is do_nothing
+    finally:
+        has_played.set()
+        is_over.set()
+        presser.join()
+        signal.signal(signal.SIGINT, before)
     assert len(history_of(tmp_path)) >= 1
-    assert (tmp_path / "learning_curve.png").stat().st_size > 0
+    assert (tmp_path / "learning_curve.png").read_bytes().endswith(b"IEND\xaeB`\x82")
     assert weights_file(tmp_path).name.endswith(".unfinished.weights.h5")
     assert not [t for t in threading.enumerate() if t.name.startswith("thread")]
 
@@ -390,7 +387,16 @@ def test_history_and_kept_weights_equal_those_computed_plainly(make_run, tmp_pat
     assert len(history_of(tmp_path)) == 60
 
 
-def test_an_error_while_learning_is_passed_on_and_costs_no_results(make_run, tmp_path, capsys):
+def test_an_error_while_learning_costs_no_results_though_ctrl_c_follows_while_they_are_saved(
+        make_run, tmp_path, monkeypatch, capsys):
+    save = common.Run.save
+
+    def press_and_save(*arguments):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+            save(*arguments)
+
+    monkeypatch.setattr(common.Run, "save", press_and_save)
     with pytest.raises(ZeroDivisionError), make_run() as run:
         run.finish_episode("agent", 20, weights_of(0))
         1 / 0
