@@ -99,18 +99,22 @@ def test_step_is_rmsprop_from_0_with_eps_beside_the_root_in_the_given_arrays(rng
 
 
 class Game(FakeEnv, processes.gym.Env):
-    """Episodes of three steps. A frame holds the number of the step / 100."""
+    """Episodes of three steps. A frame holds the number of the step / 100; the first one .05."""
 
     def __init__(self):
         super().__init__(3)
 
+    def reset(self, **options):
+        frame, info = super().reset(**options)
+        return frame + np.float32(.05), info
+
 
 def test_frames_begin_as_the_first_one_repeated_and_then_move_up():
     env = processes.StackEnv(Game())
-    assert env.reset()[0][::4].tolist() == [0, 0, 0, 0]
+    assert env.reset()[0][::4] == pytest.approx([.05] * 4)
     env.step(0)
     o, *others = env.step(0)
-    assert o[::4] == pytest.approx([0, 0, .01, .02]) and others == [1, False, False, {}]
+    assert o[::4] == pytest.approx([.05, .05, .01, .02]) and others == [1, False, False, {}]
 
 
 def test_rollouts_bootstrap_unless_the_episode_ends_and_the_rate_falls_to_0(monkeypatch):
@@ -132,8 +136,8 @@ def test_rollouts_bootstrap_unless_the_episode_ends_and_the_rate_falls_to_0(monk
                     processes.StackEnv(Game()), np.zeros(1, np.int64), Recorder)
     # The states in which the actions were chosen, by their last frames
     states = [np.round(100 * observations[:, -1]).tolist() for observations, _, _ in batches]
-    assert states == [[0, 1], [2], [0, 1], [2], [0, 1]]
-    _, v = policy.forward(np.repeat(np.float32([0, 0, .01, .02]), 4))
+    assert states == [[5, 1], [2], [5, 1], [2], [5, 1]]
+    _, v = policy.forward(np.repeat(np.float32([.05, .05, .01, .02]), 4))
     np.testing.assert_allclose(batches[0][2], processes.compute_returns([1, 1], v), rtol=1e-5)
     assert batches[1][2] == [1]
     assert rates == pytest.approx([processes.LR * left / 7 for left in (5, 4, 2, 1, 0)])
