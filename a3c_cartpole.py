@@ -4,13 +4,14 @@
     uv run a3c_cartpole.py      # the same, and installs what it needs first
 
 A3C is Asynchronous Advantage Actor-Critic:
-- Actor-Critic (see loss_total): a network has two outputs. The actor (Policy-Based) gives p, the
-  probability of each action. The critic (Value-Based) gives V(s), the discounted sum of the rewards
-  that it expects from the state s on.
-- Advantage (see Agent.advantage_push_local_brain): R - V(s), how much better an action turned out
-  than the critic expected. R is the n-step return: the next n rewards, and what the critic expects
-  after them. If the advantage is above 0, the actor makes this action more probable, if below 0,
-  less probable. (The article's section 「Advantage」 explains only R, not the difference.)
+- Actor-Critic (see _build_model, loss_total): a network has two outputs. The actor (Policy-Based)
+  gives p, the probability of each action. The critic (Value-Based) gives V(s), the discounted sum
+  of the rewards that it expects from the state s on.
+- Advantage (see loss_total): R - V(s), how much better an action turned out than the critic
+  expected. R (see Agent.advantage_push_local_brain) is the n-step return: the next n rewards, and
+  what the critic expects after them. If the advantage is above 0, the actor makes this action more
+  probable, if below 0, less probable. (The article's section 「Advantage」 explains only R. It is a
+  sample of Q(s, a), so R - V(s) is one of Q - V, the advantage of the Dueling network.)
 - Asynchronous (see ParameterServer): eight threads each play a CartPole of their own and improve
   one shared network. No thread waits until another has played its steps.
 
@@ -20,8 +21,8 @@ repeats the nine steps of the article's list:
     1. copy the shared weights: θ' ← θ                 LocalBrain.pull_parameter_server
     2. choose an action a in the state s, using θ'     Agent.act
     3. do it, which gives a reward and a new state     Environment.run
-    4. remember it; it becomes a sample when n = 5     Agent.advantage_push_local_brain
-       rewards are known, or when the episode ends
+    4. remember it; it becomes a sample after n = 5    Agent.advantage_push_local_brain
+       rewards, or at the end of the episode
     5. repeat 2 to 4, T_MAX = 10 times or until the    Environment.run
        episode ends
     6. compute the gradients of the loss, using θ'     loss_gradients, loss_total
@@ -35,8 +36,8 @@ the article's pi_θ(a|s). θ is never the pole's angle here. In shapes, B is the
 
 This is the program of Sugulu's article 「実装しながら学ぶA3C」 of 2017, for today's libraries:
 https://qiita.com/sugulu/items/acbc909dd9b74b043e45. The classes come in the order in which the
-article explains them, and most names are its own. README.md lists what differs. "The paper" is
-Mnih et al., 2016, https://arxiv.org/abs/1602.01783.
+article explains them, and most names are the article's. README.md lists what differs. "The paper"
+is Mnih et al., 2016, https://arxiv.org/abs/1602.01783.
 """
 import argparse
 import collections
@@ -85,7 +86,7 @@ LOSS_ENTROPY = .01      # coefficient of the entropy
 LEARNING_RATE = 5e-3    # (CartPole-v1 has its own: see read_options)
 RMSPROP_DECAY = .99     # RMSProp's mean squares keep 99 % of their old value at each update
 
-# -- constants of Advantage: see Agent.advantage_push_local_brain
+# -- constants of Advantage, or rather of R: see Agent.advantage_push_local_brain
 GAMMA = .99             # γ
 N_STEP_RETURN = 5       # n: the number of rewards that are summed
 GAMMA_N = GAMMA ** N_STEP_RETURN
@@ -109,7 +110,7 @@ def main(argv=None):
     # M0. The parameter server holds what all threads share, also what the article has as globals,
     #     frames and isLearned. It is only an object in memory, not a thread or another computer.
     parameter_server = ParameterServer(args.seed, args.max_episodes, args.learning_rate)
-    check_predict(parameter_server)                 # its Keras model and LocalBrain.predict agree
+    check_predict(parameter_server)                 # see LocalBrain.predict
 
     if args.play:                                   # not in the article
         parameter_server.weights = load_weights(parameter_server.model, args.play)
@@ -130,7 +131,7 @@ def learn(parameter_server, workers, out):
     try:
         # M2. Start the threads. start() returns at once, and worker.run runs in the new thread.
         #     From now on Python may switch at any moment between these threads and this one.
-        with one_core():                            # faster, as Python runs one at a time
+        with one_core():                            # only for speed
             for worker in workers:
                 worker.start()
         show_progress(parameter_server, workers)    # until learning is over
@@ -207,8 +208,7 @@ class Environment:
         """Return the article's reward for a step. (gym's is 1 for every step.)
 
         It is 0 until the episode ends. So V(s) should lie between -1 and 1, and near -1 shortly
-        before a fall. (The time limit counts as an end, too, although the pole still stands.
-        Strictly, V(s') should follow there.)
+        before a fall. (The time limit counts as an end, too. Strictly, V(s') should follow.)
         """
         if not done:
             return 0
@@ -226,8 +226,7 @@ class Environment:
                           self.parameter_server.frames)
         is_winner = self.parameter_server.record(episode, bool(mean > self.max_steps - 1))
         if is_winner:
-            # Not in the article, which hands over the last θ'. With one in eight of these the pole
-            # falls in the test; with the mean of the last ten θ', hardly ever.
+            # Not in the article: the mean of the last ten θ'. The last one alone fails more often.
             brain = self.agent.brain
             brain.weights = [np.mean(arrays, axis=0) for arrays in zip(*self.last_weights)]
             brain.push_parameter_server()
@@ -255,10 +254,7 @@ class Agent:
         if self.thread_type == "test":
             return int(p.argmax())      # not in the article: a test need not try the other one
         frames = self.parameter_server.frames
-        if frames >= EPS_STEPS:
-            eps = EPS_END
-        else:
-            eps = EPS_START + frames * (EPS_END - EPS_START) / EPS_STEPS
+        eps = EPS_START + (EPS_END - EPS_START) * min(frames / EPS_STEPS, 1)
         if self.rng.random() < eps:
             return self.rng.randrange(NUM_ACTIONS)
         return self.rng.choices(range(NUM_ACTIONS), p.tolist())[0]
@@ -266,35 +262,34 @@ class Agent:
     def advantage_push_local_brain(self, s, a, r, s_):
         """4. Remember a step, and hand the brain the samples that are complete now.
 
-        Article: 「Advantage」. A sample has no advantage yet, only R_n. Its s' is n steps after s.
+        Article: 「Advantage」. In spite of the name, a sample has only R_n; loss_total makes the
+        advantage.
 
             R_n = r(t) + γ·r(t+1) + … + γ^(n-1)·r(t+n-1)       summed here
             R   = R_n + γ^n·V(s')                              made by LocalBrain, which knows V
 
         (Where the article prints γ·r(t), read γ·r(t+1).) During an episode all rewards are 0, so R
         is γ^n·V(s'). At its end (終端, s_ is None) nothing follows. After a fall R is -1 for the
-        last step, and -γ, -γ^2, … for the n - 1 steps before it; if the episode ends at step 199 or
-        200, the same with +1. There R is exact. So V(s) becomes right near the end first, and each
-        update carries this up to n steps back.
+        last step, and -γ, -γ^2, … for the n - 1 steps before it; if the episode reaches step 199,
+        the same with +1. In both cases R is exact. So V(s) becomes right near the end first, and
+        each update carries this up to n steps back.
 
         Do not mix up n and T_MAX. The update after step T_MAX = 10 has the samples of steps 1 to 6.
         Steps 7 to 10 wait for more rewards, and come into the next update.
 
-        Why n = 5? With n = 1, each update carries the effect of a fall only one step back. With
-        n = 50, R depends on which fifty actions happened to be drawn, and says little about the
-        first of them. 5 is in between. (The article's reason, that an unfinished Q chooses the
-        later actions, is about Q-learning. In the paper n is not fixed.)
+        Why n = 5? With n = 1, R is little more than V(s'), which is wrong at first, and each update
+        carries the effect of a fall only one step back. With n = 50, R depends on which fifty
+        actions happened to be drawn, and says little about the first of them. 5 is in between.
+        (The article's reason, that an unfinished Q chooses the later actions, is Q-learning's.)
         """
         a_cats = np.zeros(NUM_ACTIONS)      # a as one-hot
         a_cats[a] = 1
         self.memory.append((s, a_cats, r))
-        # During the episode this makes one sample at most, of the oldest step. At the end it
-        # empties the memory.
+        # During the episode at most one sample is ready, of the oldest step; at the end, all are.
         while len(self.memory) == N_STEP_RETURN or (s_ is None and self.memory):
-            # Each sum is made anew. (The article corrects the sum of the step before.)
             R_n = sum(GAMMA ** k * r_k for k, (_, _, r_k) in enumerate(self.memory))
             first_s, first_a, _ = self.memory.popleft()
-            self.brain.train_push(first_s, first_a, R_n, s_)    # s_ is n steps after first_s
+            self.brain.train_push(first_s, first_a, R_n, s_)    # s_: n steps after first_s, or None
 
 
 class ParameterServer:
@@ -303,31 +298,29 @@ class ParameterServer:
     Article: 「ParameterServer」, and Fig. 2 in 「Asynchronous」. The workers call its methods, each
     in its own thread. Asynchronous (非同期) means this:
 
-        thread 1                  thread 2                  the shared weights then
+        thread 1                  thread 2                  the shared weights after that
         copies θ0                 copies θ0                 θ0
-        plays 6 of its 10 steps   plays its 10 steps        θ0
-        plays the other 4         hands over gradients      θ1 = θ0, changed by thread 2
-        hands over gradients      copies θ1, plays          θ2 = θ1, changed by thread 1, whose
+        plays 7 of its 10 steps   plays its 10 steps        θ0
+        plays the other 3         hands over, copies θ1     θ1 = θ0, changed by thread 2
+        hands over, copies θ2     plays                     θ2 = θ1, changed by thread 1, whose
                                                             gradients were computed at θ0
-        copies θ2, plays          plays                     θ2
 
-    Why a copy? The actor's loss needs the p with which each action was drawn (see loss_total). If
-    thread 1 played with θ itself, thread 2 would change p between draw and gradients. With a copy,
-    the gradients of thread 1 are right, but for θ0. They come late, because they change θ1.
+    Why a copy? The loss computes p again, and this must be the p with which the action was drawn
+    (see loss_total). If thread 1 played with θ itself, thread 2 would change p in between. With a
+    copy, the gradients of thread 1 are right at θ0. They are only late: they change θ1.
 
-    Why does this do little harm? With eight threads, seven updates by others come in between on
-    average, because each of the other seven makes about one. They change p by 0.02 on average, in
-    the states of the batch, in whole runs (companions/pictures.py measures it). So the gradients
-    still point nearly the right way.
+    Why does this do little harm? With eight threads about seven updates by others come in between,
+    one by each. They change p by only 0.02 on average, in the states of the batch (measured by
+    companions/pictures.py). So the gradients still point nearly the right way. (In CartPole one may
+    even do without the copy, as companions/a3c_two_networks.py does.)
 
     Why several threads? Successive steps of one game resemble each other, and a network that learns
     from them alone may forget the other parts of the game. DQN therefore learns from old steps,
-    too, its replay memory. A3C cannot, because their actions were drawn with quite another p. So
-    its updates come from several games, mixed as the threads happen to run. (As nothing is
-    shuffled, one may use an LSTM, as the article says. CartPole is so easy that one thread learns
-    it, too.)
+    too, which it keeps in a replay memory. A3C cannot: their actions were drawn with quite another
+    p. So updates from several games alternate. (As nothing is shuffled, one may use an LSTM, as the
+    article says. CartPole is so easy that one thread learns it, too.)
 
-    Why does no thread wait? In the paper each has a core of its own, and this keeps all of them
+    Why does none wait for the others' steps? In the paper each has a core, and so all cores are
     busy. Here it brings no speed, because Python runs the code of one thread at a time.
     """
 
@@ -338,8 +331,7 @@ class ParameterServer:
         if seed is not None:
             keras.utils.set_random_seed(seed)       # for the first weights
         self.model = self._build_model()
-        # θ, six arrays: kernel and bias of the hidden layer, of p and of V. (While the threads
-        # learn, the model's own weights are not used.)
+        # θ: kernel and bias of the hidden layer, of p and of V. (The model's own are not used.)
         self.weights = self.model.get_weights()
         # RMSProp's running means of squared gradients. (TensorFlow 1, too, starts at 1.)
         self.mean_squares = [np.ones_like(w) for w in self.weights]
@@ -369,14 +361,13 @@ class ParameterServer:
         RMSProp divides the gradient of each weight by its usual size, so that after a while all
         weights take steps of about the same size.
         """
-        # Why a lock (排他制御)? Python may switch threads at any moment. If two of them read θ1 and
+        # Why a lock? Python may switch threads at any moment. If two of them read θ1 and
         # each stored a new θ made from it, the second would erase the first one's update. (Article
         # and paper have no lock. The paper accepts such a loss, for speed.)
         with self.lock:
             if self.stop.is_set():
                 return      # learning is over: only the thread that has learned may set θ now
-            # New lists of new arrays, because the old ones may be a thread's θ'. The minus makes
-            # the loss smaller.
+            # New lists, as the old ones may be a thread's θ'. The minus makes the loss smaller.
             self.mean_squares = [RMSPROP_DECAY * m + (1 - RMSPROP_DECAY) * g ** 2
                                  for m, g in zip(self.mean_squares, gradients)]
             self.weights = [w - self.learning_rate * g / np.sqrt(m + 1e-10)
@@ -384,7 +375,7 @@ class ParameterServer:
 
     def count_step(self):
         """Count a step of any learning thread."""
-        with self.lock:     # += reads and then stores, and Python may switch threads in between
+        with self.lock:     # (+= reads and then stores)
             self.frames += 1
 
     def record(self, episode, has_learned):
@@ -402,8 +393,8 @@ class ParameterServer:
 class LocalBrain:
     """A thread's copy θ' of the network, and its samples. Article: 「LocalBrain」.
 
-    In the article each LocalBrain has a Keras model, and needs scopes and a session. Here it has
-    only a list of weights. The article's `_build_graph` is loss_gradients and loss_total.
+    In the article it has a Keras model, scopes and a session; here, a list of weights. The
+    article's `_build_graph` is loss_gradients and loss_total.
     """
 
     def __init__(self, parameter_server):
@@ -413,9 +404,9 @@ class LocalBrain:
 
     def pull_parameter_server(self):
         """1. and 9. Take the weights that the server has now: θ' ← θ."""
-        # Server and brain now hold the same list. That is as good as a copy, because an update does
-        # not change this list, but puts a new one in its place. No lock: as this is one assignment,
-        # a thread sees the old list or the new one, never a mixture.
+        # Both have the same list now. That is as good as a copy, because an update does not change
+        # this list, but replaces it. No lock: this is one assignment, so a thread sees the old list
+        # or the new one, never a mixture.
         self.weights = self.parameter_server.weights
 
     def push_parameter_server(self):
@@ -426,8 +417,8 @@ class LocalBrain:
     def predict(self, s):
         """Compute p (2,) and V(s) of one state (4,), or p (B, 2) and V(s) (B,) of a batch (B, 4).
 
-        The Keras model computes the same, but for one state this is more than 100 times as fast.
-        The program checks at its start that they agree.
+        The Keras model computes the same, but NumPy is more than 100 times as fast for one state.
+        check_predict compares the two when the program starts.
         """
         kernel, bias, p_kernel, p_bias, v_kernel, v_bias = self.weights
         hidden = np.maximum(s @ kernel + bias, 0)                   # relu
@@ -456,14 +447,13 @@ class LocalBrain:
         s, a, R_n, s_, s_mask = [np.array(column, np.float32) for column in zip(*self.train_queue)]
         self.train_queue = []
 
-        # R = R_n + γ^n·V(s'), where V(s') is computed with θ'. After the end s_mask is 0. Only then
-        # are there fewer than n rewards, so γ^n is right for all others. (The article says that
-        # R(t) is V(t). Rather, R(t) is the value towards which V(s) is moved.)
+        # R = R_n + γ^n·V(s') with θ'. After the end s_mask is 0. (Only such samples have fewer than
+        # n rewards, so γ^n is right for all others. The article says that R(t) is V(t). Rather,
+        # R(t) is the value towards which V(s) is moved.)
         _, v_ = self.predict(s_)
         R = R_n + GAMMA_N * v_ * s_mask
 
-        # 6. The thread computes the gradients, from its own samples and with its own θ'. (This is
-        #    loss_gradients, below, which the server has compiled for all threads.)
+        # 6. The gradients, from its own samples and with its own θ': loss_gradients, compiled.
         weights = [tf.constant(w) for w in self.weights]
         gradients = self.parameter_server.compiled_gradients(
             weights, tf.constant(s), tf.constant(a), tf.constant(R))
@@ -475,10 +465,10 @@ def loss_gradients(model, weights, s, a, R):
     """6. The gradients of the mean loss at the weights θ': s (B, 4), a one-hot (B, 2), R (B,)."""
     with tf.GradientTape() as tape:     # records what is computed, to find its gradients
         tape.watch(weights)             # with respect to these
-        # Run the model with θ' instead of its own weights. ([] and _ are for variables that are not
-        # trained. It has none.)
+        # Run the model with θ' instead of its own weights. ([] and _ are variables that are not
+        # trained. There are none.)
         (p, v), _ = model.stateless_call(weights, [], s)
-        loss = tf.reduce_mean(loss_total(p, v[:, 0], a, R))
+        loss = tf.reduce_mean(loss_total(p, v[:, 0], a, R))     # v: (B, 1) → (B,)
     return tape.gradient(loss, weights)
 
 
@@ -494,26 +484,27 @@ def loss_total(p, v, a, R):
     # Why not R itself? Suppose both actions have p = 0.5, and R is -0.5 after the better one and
     # -0.9 after the worse one. With R in place of the advantage, each draw would make its action
     # less probable; only over many draws would the worse one lose more. That is right on average,
-    # but noisy. With V(s) = -0.7 the advantages are 0.2 and -0.2, so each draw helps.
+    # but noisy. With V(s) = -0.7 the advantages are 0.2 and -0.2, so each draw helps. (On average
+    # V(s) changes nothing, because the two p always sum to 1.)
     advantage = R - v
 
     # The actor. By the policy gradient theorem (方策勾配定理), log p(a|s)·advantage should grow.
     # With the advantage -0.37, the loss is 0.37·log p. It is smaller if p is smaller, so the action
     # becomes less probable. (If the critic had expected the fall, V(s) = -0.97, p would stay.)
     #
-    # Why the logarithm? We want Σ p·advantage over both actions to grow, and in its slope each
-    # action counts once. But an action with p = 0.1 is drawn only once in ten times, so each draw
-    # must count ten times. The logarithm does this: the slope of log p is 1/p times that of p. This
-    # must be the p of the draw. If p was 0.1 then, but is 0.9 now, the draw counts only 1.1 times.
-    # (Here this holds nearly: up to n - 1 samples of a batch were drawn with the θ' before, and ε's
-    # random actions count as if drawn with p.)
+    # Why the logarithm? The average advantage, Σ p·advantage, should grow. Its slope contains the
+    # slope of each p once. But an action with p = 0.1 is drawn only once in ten times, so each draw
+    # must weigh ten times as much. The logarithm does this: the slope of log p is 1/p times that of
+    # p. This must be the p of the draw. If p was 0.1 then, but is 0.9 now, the weight is only 1.1.
+    # (Here it is nearly so: the samples that waited, such as steps 7 to 10, were drawn with the θ'
+    # before, and ε's random actions are treated as if drawn with p.)
     log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)    # p(a|s); 1e-10: never log 0
     # Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this loss
     # would train V(s), too. As -log p is positive, a larger V(s) would make the loss smaller, and
     # V(s) would rise above R.
     loss_policy = -log_prob * tf.stop_gradient(advantage)
 
-    # The critic: move V(s) towards R. (R is a constant, so V(s') in it is not moved.)
+    # The critic: move V(s) towards R. (R was computed outside the tape, so V(s') is not moved.)
     loss_value = LOSS_V * tf.square(advantage)
 
     # The entropy -Σ p·log p is large if both actions are about equally probable. Its negative, as a
