@@ -12,7 +12,6 @@ import contextlib
 import csv
 import functools
 import itertools
-import signal
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the main f
 from a3c_cartpole import (  # noqa: F401
     Episode,
     film,
-    handle_signals,
     load_weights,
     make_parser,
     one_core,
@@ -52,10 +50,11 @@ class Run:
         run = common.Run(model, env, "DQN on CartPole", args)
         if not args.play:
             with run:
-                while not run.is_over:
+                is_over = False
+                while not is_over:
                     steps = play_and_learn()
                     run.steps += steps
-                    run.finish_episode("agent", steps, model.get_weights())
+                    is_over = run.finish_episode("agent", steps, model.get_weights())
         status = run.test(act)
 
     Learning is over by the main file's rule: if the last ten episodes of one worker have a mean
@@ -73,7 +72,6 @@ class Run:
         self.steps = 0                      # of all workers; the program counts them
         self.history = []                   # an Episode for each one that was played to its end
         self.is_learned = False
-        self.is_over = False                # learned, given up, or interrupted
         self.best_mean = 0
         self.best_weights = model.get_weights()
         # Of each worker: the steps of all its episodes, and the weights of the last ten.
@@ -84,17 +82,9 @@ class Run:
         self.tasks = {name: self.bars.add_task(name, total=self.limit) for name in workers}
 
     def __enter__(self):
-        self.signals = handle_signals(self.interrupt, signal.SIGINT, signal.SIGTERM)
-        self.signals.__enter__()
         self.bars.start()
         self.start_clock()
         return self
-
-    def interrupt(self, *_):
-        """End learning at the first Ctrl-C. A second one must not disturb the saving."""
-        if not self.is_over:
-            self.is_over = True
-            raise KeyboardInterrupt
 
     def start_clock(self):
         """Start the clock. If it runs already, what was before does not count."""
@@ -122,17 +112,12 @@ class Run:
 
         if mean > self.limit - 1:
             self.is_learned = True
-        if self.is_learned or len(self.history) == self.args.max_episodes:
-            self.is_over = True
-        return self.is_over
+        return self.is_learned or len(self.history) == self.args.max_episodes
 
     def __exit__(self, *error):
-        self.is_over = True             # from here on `interrupt` does nothing
-        try:
+        with uninterrupted():               # a second Ctrl-C must not lose the results
             self.bars.stop()
             self.save(time.perf_counter() - self.started)
-        finally:
-            self.signals.__exit__(None, None, None)
 
     def save(self, seconds):
         """Save the weights and the history, say how it went, and draw the learning curve."""
