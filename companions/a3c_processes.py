@@ -72,7 +72,7 @@ DIM_OBS = 4             # numbers in one frame
 
 # -- constants: FRAME_NUM and GAMMA as in the post, the others as in its repository
 NUM_PROCESS = 8
-FRAME_NUM = 4           # frames that the network sees together. (One would do: it has velocities.)
+FRAME_NUM = 4           # frames that the network sees together (one would do: it has velocities)
 LOCAL_T_MAX = 50        # steps of a rollout, at most
 GAMMA = .99             # γ: a reward k steps ahead counts γ^k
 V_LOSS_COEFF = .5       # coefficient of the value loss
@@ -126,7 +126,8 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
     """Learn until all processes together have made EPOCH steps. Post: `train`.
 
     `global_weights` is θ, and `global_t` (1,) counts the steps. Both are arrays in shared memory.
-    Usually the program ends all processes much earlier, because one of them has learned.
+    `episodes` is a pipe to the main process. Usually that one ends all processes much earlier,
+    because one of them has learned.
     """
     o, _ = env.reset()
     sum_rewards = 0
@@ -151,7 +152,7 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
             sum_rewards += r
             if terminated or truncated:
                 o, _ = env.reset()
-                episodes.send(int(sum_rewards))         # to the main process
+                episodes.send(int(sum_rewards))
                 sum_rewards = 0
                 break
         else:
@@ -173,9 +174,9 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
 
 
 def compute_returns(rewards, R):
-    """Sum the discounted rewards after each step (T,), and normalise the sums.
+    """Compute the return of each step (T,): the sum of its own and all later discounted rewards.
 
-    R stands for the rewards after the last step.
+    `rewards` are those of a rollout, and R stands for the rewards after it.
     """
     returns = []
     for r in rewards[::-1]:
@@ -183,10 +184,11 @@ def compute_returns(rewards, R):
         returns.insert(0, R)
     returns = np.array(returns, np.float32)
 
-    # Kept as in the post, though it mixes two units. Returns of a mean of 0 and a standard
-    # deviation near 1 are what V learns, so R, a V, is a number near 0. But above it is added to
-    # rewards that are not normalised, where it should be up to 1/(1 - γ) = 100. So even if the pole
-    # stands well, the end of a rollout looks nearly like the end of the episode.
+    # Normalise: to a mean of 0 and a standard deviation near 1. (ddof=1: as in PyTorch.) This is
+    # kept as in the post, though it mixes two units. V learns normalised returns, so R, which is a
+    # V, is a number near 0. But above it stands for the later rewards, which are not normalised:
+    # their sum can be up to 1/(1 - γ) = 100. So even if the pole stands well, the end of a rollout
+    # looks nearly like the end of the episode.
     if len(returns) > 1:
         returns = (returns - returns.mean()) / (returns.std(ddof=1) + EPS)
     return returns
@@ -242,7 +244,8 @@ class AsyncRMSprop:
         below EPS the divisor is about EPS, and small gradients make small changes.
 
         No lock: `-=` reads a weight, subtracts, and stores. If two processes do so at the same
-        moment, one of the two changes is lost. The paper takes no lock either.
+        moment, one of the two changes is lost. It is one of thousands. (The paper has no lock
+        either.)
         """
         for w, m, g in zip(self.global_weights, self.mean_squares, gradients):
             m *= ALPHA

@@ -137,9 +137,9 @@ class A3C:
         # must count more. The logarithm does this: the slope of log p is 1/p times that of p.
         cross_entropy = keras.ops.binary_crossentropy(actions, p)
 
-        # Each action has its own advantage: (T, 1) times (T, 1) is (T, 1). Not as in the post,
-        # where K.flatten makes the advantages (T,). Then NumPy's rule for shapes makes a table
-        # (T, T), every action with every advantage. Its mean is the mean cross-entropy times the
+        # Each action is multiplied by its own advantage: (T, 1) times (T, 1) is (T, 1). Not as in
+        # the post, where K.flatten makes the advantages (T,). Then broadcasting makes a table
+        # (T, T), each action times each advantage. Its mean is the mean cross-entropy times the
         # mean advantage, and no longer says which actions were good.
         policy_loss = tf.reduce_mean(cross_entropy * advantages)
 
@@ -166,9 +166,10 @@ class A3C:
                 pass
         finally:
             self.stop.set()
-            for agent in agents:
-                if agent.is_alive():            # (after Ctrl-C some may not have started)
-                    agent.join()
+            with common.uninterrupted():        # a second Ctrl-C would go on without them
+                for agent in agents:
+                    if agent.is_alive():        # (after Ctrl-C some may not have started)
+                        agent.join()
 
     def actor_predict(self, states):
         """Compute p, (T, 1), of states (T, 4), or (1,) of one state (4,)."""
