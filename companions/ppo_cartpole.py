@@ -1,11 +1,11 @@
 """PPO on CartPole, with one network for the policy and the value: Keras and TensorFlow, on the CPU.
 
-PPO is Proximal Policy Optimization. It makes an action more probable if it was better than
-expected, and otherwise less probable. A3C (see a3c_cartpole.py) does the same, but takes only one
-step of the optimizer for each batch of samples; PPO takes many, here up to 80 for each episode. So
-many steps could change the policy too far. The clip makes this less likely: as soon as the
-probability of an action has changed by 20 % in the desired direction, a further change gains
-nothing.
+PPO is Proximal Policy Optimization: the new policy stays near the old one. Like A3C (see
+a3c_cartpole.py), it makes an action more probable if it was better than expected, and otherwise
+less probable. But A3C takes only one step of the optimizer for each batch of samples; PPO takes
+many, here up to 80 for each episode, which could change the policy too far. The clip makes this
+less likely: as soon as the probability of an action has changed by 20 % in the desired direction, a
+further change gains nothing.
 
     python companions/ppo_cartpole.py   # learns within seconds; films: movie/ppo_cartpole
 
@@ -14,19 +14,20 @@ today's libraries. Its code is RL/ppo.py in https://github.com/tsubame-mz/machin
 d2b2fb2; the constants below are its defaults. "The paper" is Schulman et al., 2017,
 https://arxiv.org/abs/1707.06347. README.md in this folder lists what differs from the post.
 
-Look at these, which come in the order of the post:
+Look at these:
 
-    Memory.finish_path      what each action was worth
-    Agent.train             the steps of the optimizer, and when they end
-    Agent.train_step        one step: the loss with the clip
     learning_loop           playing and learning in turns
+    Memory.finish_path      what each action was worth
+    Agent.update            the steps of the optimizer, and when they end
+    Agent.train_step        one step: the loss with the clip
 
 Symbols:
 s, a, r     state, action, reward
-π(a|s)      the probability of a in s; in the code pi
+π(a|s)      the probability of a in s, in the code pi; π_old: that of the policy which played
 R           the return, the discounted sum of the rewards from a step to the end
 V(s)        the value: the R that the network expects from s on
 A           the advantage: how much better than expected an action turned out
+kl          the mean of log π(a|s) - log π_old(a|s), the post's measure of how far π has moved
 T           in shapes, the number of steps of the episode
 """
 import random
@@ -39,15 +40,14 @@ import numpy as np
 import tensorflow as tf
 
 # -- constants of the game
-ENV = "CartPole-v0"
+ENV = "CartPole-v0"     # its episodes end after 200 steps, at the latest
 NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
 NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
-GOOD_STEPS = 195        # an episode of fewer steps counts as a fall, see reward_modify
-MAX_EPISODES = 500
+GOOD_STEPS = 195        # of 200; fewer count as a fall, see reward_modify
 
 # -- constants of the network
 HID_NUM = 64            # units of each of the two shared layers
-DROPRATE = .2           # fraction of these units that dropout leaves out while learning
+DROPRATE = .2           # probability with which dropout leaves out a unit while learning
 
 # -- constants of the memory
 GAMMA = .99             # γ: a reward that comes k steps later counts γ^k
@@ -55,19 +55,23 @@ LAM = .95               # λ: see Memory.finish_path
 ADV_EPS = 1e-6          # prevents a division by a standard deviation of 0
 
 # -- constants of learning
+MAX_EPISODES = 500      # at most; it has mostly learned after 200 to 350
 LEARNING_RATE = 1e-4    # of Adam
 TRAIN_ITERS = 80        # steps of Adam for one episode, at most
 CLIP_RATIO = .2         # ε of the paper: the clip is at 0.8 and 1.2, see Agent.train_step
-V_LOSS_C = .9           # coefficient of the value loss
+V_LOSS_C = .9           # coefficient of the value loss, see PVNet
 ENT_C = 1e-3            # coefficient of the entropy, which keeps π from becoming 0 or 1 too early
-TARGET_KL = .01         # steps of Adam end above 1.5 times this, see Agent.train
+TARGET_KL = .01         # they end if kl is above 1.5 times this, see Agent.update
 
 
 class PVNet(keras.Model):
-    """The network: s (T, 4) → π of each action (T, 2) and V(s) (T, 1). Post: 「学習モデル」."""
+    """The network: s (T, 4) → π of each action (T, 2) and V(s) (T, 1). Post: 「学習モデル」.
+
+    The gradients of both losses change the two shared layers. V_LOSS_C balances them.
+    """
 
     def __init__(self):
-        # Dropout sets a fifth of the units to 0, at random and anew in each call, and divides the
+        # Dropout sets each unit to 0 with probability 0.2, anew in each call, and divides the
         # others by 0.8. It is on only where the network is called with training=True.
         state = keras.Input((NUM_STATES,))
         h = self.dense(HID_NUM, "relu")(state)
@@ -76,7 +80,7 @@ class PVNet(keras.Model):
         h = keras.layers.Dropout(DROPRATE)(h)
         pi = self.dense(NUM_ACTIONS, "softmax")(h)
         value = self.dense(1, "linear")(h)
-        super().__init__(state, [pi, value], name="ppo_cartpole")   # the post's `forward`
+        super().__init__(state, [pi, value], name="ppo_cartpole")   # the post's forward: s to both
 
     @staticmethod
     def dense(units, activation):
@@ -127,7 +131,7 @@ class Memory:
         on V, which may still be wrong. With λ = 1, A is R - V(s): it depends on which actions
         happened to be drawn later. λ = .95 is in between.
         """
-        # After the end, V, R and A are 0. The time limit counts as an end like any other.
+        # After the end, V, R and A count as 0, even after the time limit.
         value_lst = np.append(self.value_lst, 0)
         last_return = 0
         last_delta = 0
@@ -135,7 +139,7 @@ class Memory:
         self.return_lst = np.zeros(steps)
         self.advantage_lst = np.zeros(steps)
         # Go backwards: each R and A is made from the next one. (last_delta is the post's name for
-        # A(t+1), which becomes A(t).)
+        # the A of the next step.)
         for t in reversed(range(steps)):
             last_return = self.reward_lst[t] + GAMMA * last_return
             self.return_lst[t] = last_return
@@ -147,10 +151,10 @@ class Memory:
         """Return the episode as arrays, in the order of Agent.train_step, and forget it.
 
         The advantages are standardized (標準化): their mean becomes 0, their variance 1. From here
-        on "better" means better than the mean of this episode, no longer better than V expected.
+        on, "better" means an A above the mean A of this episode.
         """
         # PyTorch's standard deviation divides by T - 1: ddof=1. (Not in the post: with one step it
-        # is 0, not 0/0.)
+        # is 0, as 0/0 would turn all weights into NaN.)
         advantage = self.advantage_lst
         std = advantage.std(ddof=1) if len(advantage) > 1 else 0
         advantage = (advantage - advantage.mean()) / (std + ADV_EPS)
@@ -168,113 +172,106 @@ class Agent:
 
     def __init__(self, model):
         self.model = model
-        self.weights = model.get_weights()              # those with which it plays
-        self.forward = common.numpy_forward(model)      # the model in NumPy, without dropout
-        self.optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=1e-8)     # PyTorch's ε
-        # Make Adam's own variables now. Otherwise the first call compiles `train` twice.
+        self.forward = common.numpy_forward(model)      # the model in NumPy, for speed; no dropout
+        self.optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=1e-8)     # as in PyTorch
+        # Make Adam's own variables now. Otherwise the first call compiles `update` twice.
         self.optimizer.build(model.trainable_variables)
 
-    def get_action(self, state):
+    def get_action(self, weights, state):
         """Draw an action for a state (4,). Return it with V(s) and log π(a|s)."""
-        pi, value = self.forward(self.weights, state)   # the post's evaluation mode, model.eval()
+        pi, value = self.forward(weights, state)        # the post's evaluation mode, model.eval()
         action = random.choices(range(NUM_ACTIONS), pi.tolist())[0]
         return action, value[0], np.log(pi[action])
 
-    def update(self, batch):
-        """Learn from one episode. Post: 「update()」, which also returns its four losses."""
-        self.train(*batch)
-        self.weights = self.model.get_weights()
-
+    # autograph=False: it would read this file again, which may have been edited meanwhile.
     @tf.function(reduce_retracing=True, autograph=False)    # not compiled anew for each length T
-    def train(self, *batch):
-        """Take up to TRAIN_ITERS steps of Adam, each with the whole episode.
+    def update(self, *batch):
+        """Learn from one episode: take up to TRAIN_ITERS steps of Adam, each with the whole of it.
 
-        This is the post's loop `for … break`, as a loop of TensorFlow: take_step is its body, and
-        if is_near is false, it ends. (A loop of Python would take more than twice as long.)
+        This is the post's loop, without the losses that it returns:
+
+            for _ in range(TRAIN_ITERS):
+                kl = self.train_step(*batch)
+                if kl > 1.5 * TARGET_KL:
+                    break
+
+        It is written as a loop of TensorFlow, which takes less than half the time. The rule is the
+        post's, and weak: -kl estimates the Kullback-Leibler divergence, so a π far away can have a
+        kl below 0 and pass. Dropout, on only in the new log π, adds chance.
         """
-        def is_near(kl):
-            # Is the new π still near the old one? The rule is the post's, and weak: in kl only the
-            # new log π is computed with dropout, so chance decides. (Usual rules take -kl, which
-            # estimates the Kullback-Leibler divergence, a measure of how far the two are apart.)
-            return kl <= 1.5 * TARGET_KL
-
-        def take_step(_):
-            return self.train_step(*batch)      # the next kl
-
-        tf.while_loop(is_near, take_step, [0.], maximum_iterations=TRAIN_ITERS)
+        tf.while_loop(
+            cond=lambda kl: kl <= 1.5 * TARGET_KL,          # go on as long as this is true
+            body=lambda kl: self.train_step(*batch),        # do this, which gives the next kl
+            loop_vars=[0.],                                 # the kl before the first step
+            maximum_iterations=TRAIN_ITERS)
 
     def train_step(self, state, action, log_pi, returns, advantage):
-        """Take one step of Adam. Return kl, the mean of log π - log π_old.
-
-        The loss is the paper's equation 9 with a minus, because an optimizer makes a loss small.
-        """
+        """Take one step of Adam, with minus the paper's equation 9 as loss. Return kl before it."""
         with tf.GradientTape() as tape:     # records what is computed, to find its gradients
             pi, value = self.model(state, training=True)    # with dropout; post: model.train()
-            pi_of_action = tf.gather(pi, action, axis=1, batch_dims=1)      # (T,)
-            new_log_pi = tf.math.log(pi_of_action + 1e-10)
+            pi_of_action = tf.gather(pi, action, axis=1, batch_dims=1)      # (T,): π(a|s)
+            new_log_pi = tf.math.log(pi_of_action + 1e-10)      # (not in the post: never log 0)
 
-            # How probable is the action now, relative to when it was played? The old π drew it. If
-            # the new π would draw it twice as often, it must count twice: ratio 2. (At ratio 1 the
-            # gradient of ratio·A is that of A3C's log π·A.)
+            # How probable is the action now, relative to when it was played? π_old drew it. If the
+            # new π would draw it twice as often, its A must count twice: ratio 2. (At ratio 1 the
+            # gradient of ratio·A is that of A3C's log π·A. At the first of the steps the ratio is
+            # about 1; not exactly, because dropout is on in π and was off in π_old.)
             ratio = tf.exp(new_log_pi - log_pi)         # π/π_old, as exp(log x - log y) = x/y
 
-            # To make the loss small, the optimizer makes ratio·A large: good actions become more
-            # probable, bad ones less. The clip limits what can be gained. With A = advantage and
-            # ε = CLIP_RATIO, the minimum of ratio·A and clip_adv is
+            clip_adv = tf.where(advantage >= 0, 1 + CLIP_RATIO, 1 - CLIP_RATIO) * advantage
+
+            # To make the loss small, the optimizer makes the minimum of ratio·A and clip_adv large.
+            # So good actions become more probable, bad ones less. With ε = CLIP_RATIO, it is
             #
             #             ratio < 1 - ε     in between    ratio > 1 + ε
             #     A > 0   ratio·A           ratio·A       (1 + ε)·A       a good action
             #     A < 0   (1 - ε)·A         ratio·A       ratio·A         a bad action
             #
-            # (1 + ε)·A and (1 - ε)·A do not depend on the network. Their gradient is 0: the
-            # probability has changed enough. In the other two corners it has changed in the wrong
-            # direction, and the gradient leads it back. (The paper's equation 7 gives the same
-            # minimum.)
-            clip_adv = tf.where(advantage >= 0, (1 + CLIP_RATIO) * advantage,
-                                (1 - CLIP_RATIO) * advantage)
+            # (1 + ε)·A and (1 - ε)·A do not depend on the network, so their gradient is 0: the
+            # probability has changed enough. In the top left and bottom right it has changed in the
+            # wrong direction, and the gradient leads it back. (The paper's equation 7 is the same.)
             pi_loss = -tf.reduce_mean(tf.minimum(ratio * advantage, clip_adv))
 
-            # V(s) moves towards R. (Not as in the post's code, which subtracts (T, 1) from (T,). Of
-            # these PyTorch makes (T, T), so that each V(s) moves to the mean of all R.)
+            # V(s) moves towards R. (Not as in the post's code, which subtracts (T, 1) from (T,).
+            # PyTorch then subtracts all from all, (T, T), so each V(s) moves to the mean of all R.)
             v_loss = V_LOSS_C * tf.reduce_mean(tf.square(returns - value[:, 0]))
 
-            # The entropy is large if both actions are about equally probable. It is subtracted, as
-            # in the paper, so that it becomes larger. (Not as in the post, which adds it.)
+            # The entropy, -Σ π·log π, is large if both actions are about equally probable. The
+            # loss contains it with a minus, as in the paper, to keep it large. (The post adds it.)
             entropy = -ENT_C * tf.reduce_mean(tf.reduce_sum(pi * tf.math.log(pi + 1e-10), axis=1))
 
             total_loss = pi_loss + v_loss - entropy
+        kl = tf.reduce_mean(new_log_pi - log_pi)
         gradients = tape.gradient(total_loss, self.model.trainable_variables)
         self.optimizer.apply(gradients)
-        return tf.reduce_mean(new_log_pi - log_pi)
+        return kl
 
 
 def reward_modify(step, done):
-    """Return the post's reward for a step; the first one has the number 0. (gym's is always 1.)
-
-    The post says that gym's did not work well. For a fall its text has 0, its code -1.
-    """
+    """Return the post's reward for a step, counted from 0. (gym's, always 1, did not work well.)"""
     if not done:
         return 0
     if step + 1 >= GOOD_STEPS:
         return 1
-    return -1
+    return -1       # a fall, as in the post's code; its text says 0
 
 
 def learning_loop(agent, run, seed):
-    """Play and learn in turns. Post: 「学習ループ」.
+    """Play episodes, and learn from each. Post: 「学習ループ」.
 
-    `run` counts and shows the episodes, and says when learning is over: see common.Run.
+    `run` counts and shows them, and ends learning after MAX_EPISODES or before (the post: never).
     """
-    env = gym.make(ENV, disable_env_checker=True)
+    env = gym.make(ENV)
     env.reset(seed=seed)                    # seeds all later resets, too
     memory = Memory()
     while True:
         # 1. Play an episode. The weights do not change meanwhile.
+        weights = agent.model.get_weights()
         state, _ = env.reset()
         done = False
         step = 0
         while not done:
-            action, value, log_pi = agent.get_action(state)
+            action, value, log_pi = agent.get_action(weights, state)
             next_state, _, terminated, truncated, _ = env.step(action)
             done = terminated or truncated
             reward = reward_modify(step, done)
@@ -282,12 +279,13 @@ def learning_loop(agent, run, seed):
             state = next_state
             step += 1
         run.steps += step
-        if run.finish_episode("agent", step, agent.weights):    # not in the post: it may end early
+        if run.finish_episode("agent", step, weights):
             return
 
-        # 2. Learn from the episode. (Then it is forgotten: the next policy is another one.)
+        # 2. Learn from the episode, and forget it: PPO needs samples of its own π. (So the ring
+        # buffer that the post wishes for would not fit.)
         memory.finish_path()
-        agent.update(memory.get_batch())
+        agent.update(*memory.get_batch())
 
 
 # == Not needed to understand PPO: options, files, test ============================================

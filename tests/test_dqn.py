@@ -1,6 +1,9 @@
 """companions/dqn_cartpole.py: targets, updates, exploration, memory and target network."""
 
+import copy
+
 import dqn_cartpole
+import gymnasium as gym
 import keras
 import numpy as np
 import pytest
@@ -47,42 +50,37 @@ def test_targets_by_hand_after_a_step_after_a_fall_and_of_the_other_action(agent
     np.testing.assert_allclose(np.unique(Y, axis=0), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("by_time_limit", [False, True])
-def test_after_a_fall_no_rewards_follow_but_after_the_time_limit_they_do(agent, by_time_limit):
-    class Env(FakeEnv):
-        def step(self, action):
-            state, reward, ends, _, info = super().step(action)
-            return state, reward, ends and not by_time_limit, ends and by_time_limit, info
-
+@pytest.mark.parametrize("time_limit, falls", [(6, False), (500, True)])
+def test_after_a_fall_no_rewards_follow_but_after_the_time_limit_they_do(agent, time_limit, falls):
+    agent.env = gym.make("CartPole-v1", max_episode_steps=time_limit)
     agent._replay = lambda: None
-    agent.env = Env(20)
     agent.memory.clear()
     agent.learn(Notes(1))
-    assert [terminated for *_, terminated in agent.memory] == [False] * 16 + [not by_time_limit]
+    *others, last = [terminated for *_, terminated in agent.memory]
+    assert others and not any(others) and last == falls
 
 
 def test_two_replays_equal_train_on_batch_of_a_keras_model_with_one_sample_after_another(agent):
-    old_list = agent.Q
-    mean, variance, _, *weights = old_copy = [np.copy(w) for w in old_list]
+    first = agent.Q
+    mean, variance, _, *weights = first_copy = copy.deepcopy(first)
     twin = keras.Sequential([keras.Input((16,)), keras.layers.Normalization(-1, mean, variance)]
                             + [keras.layers.Dense(n, "relu") for n in (20, 20, 10)]
                             + [keras.layers.Dense(2)])
     twin.set_weights(weights)
     twin.compile(optimizer="adam", loss="mse")
     samples = [agent._get_samples(), agent._get_samples()]
-    given = iter(samples)
-    agent._get_samples = lambda: next(given)
-    lists = []
-    for agent_hists, Y in samples:
-        agent._replay()
-        lists.append((agent.Q, [np.copy(w) for w in agent.Q]))
-        for agent_hist, y in zip(agent_hists, Y):
-            twin.train_on_batch(agent_hist[np.newaxis], y[np.newaxis])
+    agent._get_samples = iter(samples).__next__
+    agent._replay()
+    second = agent.Q
+    second_copy = copy.deepcopy(second)
+    agent._replay()
+    for agent_hist, y in zip(*map(np.concatenate, zip(*samples))):
+        twin.train_on_batch(agent_hist[np.newaxis], y[np.newaxis])
     for new, expected in zip(agent.Q, [mean, variance, 0, *twin.get_weights()]):
         np.testing.assert_allclose(new, expected, atol=1e-4)
     assert np.abs(agent.Q[-1] - weights[-1]).max() > 1e-2
-    for kept, copy in (old_list, old_copy), *lists:     # a replay changes no older list
-        assert all(map(np.array_equal, kept, copy))
+    # A replay changes no older list.
+    assert all(map(np.array_equal, first + second, first_copy + second_copy))
 
 
 def test_target_network_is_renewed_after_steps_0_100_200_of_each_episode_and_handed_over(agent):
@@ -105,12 +103,12 @@ def test_target_network_is_renewed_after_steps_0_100_200_of_each_episode_and_han
 
 
 def test_epsilon_falls_from_1_to_1e_4_over_1000_choices_with_a_history_and_stays(agent):
-    expected = {0: 1., 500: .50005, 1000: 1e-4, 1500: 1e-4}
-    for step in range(1501):
-        if step in expected:
-            assert agent.eps == pytest.approx(expected[step], rel=1e-9)
+    epsilons = [agent.eps]
+    for _ in range(1500):
         agent._get_action(states(0, 0, 0, 0))
         agent._get_action()
+        epsilons.append(agent.eps)
+    np.testing.assert_allclose(epsilons[::500], [1, .50005, 1e-4, 1e-4], rtol=1e-9)
 
 
 def test_actions_are_random_with_probability_epsilon_and_otherwise_have_the_larger_q(agent):
