@@ -10,9 +10,9 @@ server is one more process, and the workers call its methods through Ray (https:
     python companions/a3c_ray.py --address ray://192.168.0.1:10001  # the same from elsewhere
 
 companions/README.md says how to start a cluster. Read a3c_cartpole.py first. Its WorkerThread,
-Environment, Agent and LocalBrain run here unchanged. In the main file they call the methods of the
-ParameterServer. Here the parameter server is in another process, and each worker has a RemoteServer
-in its place, which sends these calls there. One update, with the numbers of the main file:
+Environment, Agent and LocalBrain run here unchanged. In the main file they use a ParameterServer,
+an object in their own memory. Here it is in another process, and each worker has a RemoteServer in
+its place, which calls it. One update, with the numbers of the main file:
 
     a worker's process                                      the server's process
     6. LocalBrain computes gradients with θ'
@@ -23,8 +23,8 @@ in its place, which sends these calls there. One update, with the numbers of the
 Words of Ray: an actor is a process that holds one object and runs its methods when other processes
 call them. (It is not the actor of Actor-Critic.) Here the server is an actor, and so is each
 worker. A handle stands for an actor in the processes that call it. `handle.method.remote(...)`
-sends a call and returns at once, with a reference to the result; `ray.get` waits for the result.
-The driver is the program that you start. It shows the progress.
+sends a call and returns at once, with a reference to the result. `ray.get` waits for the result.
+The driver is the program that you start. It starts the actors and shows the progress.
 
 What differs from the main file:
 - A worker learns what the others have done (steps, updates, the end of learning) only from the
@@ -95,7 +95,7 @@ def learn(run, names, args, learning_rate):
         try:
             run.best_weights = ray.get(results[winner], timeout=10)
         except lost_errors():
-            common.say("the winner is lost: kept is the mean of the last ten θ that were seen here")
+            common.say("the winner is lost: the mean of the last ten θ that came here is saved")
     elif not is_over:
         print("error: all workers are lost", file=sys.stderr)
 
@@ -197,7 +197,10 @@ class Server(a3c.ParameterServer):
 # == Not needed to understand A3C with Ray: errors, starting Ray, options, test ====================
 
 def lost_errors():
-    """Return the errors by which `ray.get` says that an actor is lost, or does not answer."""
+    """Return the errors by which `ray.get` says that an actor is lost, or does not answer.
+
+    (This is a function because Ray may not be installed.)
+    """
     return (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError,
             ray.exceptions.RuntimeEnvSetupError, ray.exceptions.GetTimeoutError)
 
