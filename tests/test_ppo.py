@@ -18,14 +18,14 @@ def memory_of(rng, steps):
     return memory
 
 
-def agent_with(weights):
-    """An agent of which an update is one step: minus the gradient."""
-    model = ppo.PVNet()
-    model.set_weights(weights)
-    agent = ppo.Agent(model)
+def gradients_of(weights, *batch):
+    """The gradients of the loss, which a step of SGD subtracts from the weights."""
+    agent = ppo.Agent(ppo.PVNet())
+    agent.model.set_weights(weights)
     agent.optimizer = keras.optimizers.SGD(1.)
-    agent.optimizer.build(model.trainable_variables)
-    return agent
+    agent.optimizer.build(agent.model.trainable_variables)
+    agent.train_step(*batch)
+    return [before - after for before, after in zip(weights, agent.model.get_weights())]
 
 
 def test_return_and_advantage_equal_the_sums_that_define_them(rng):
@@ -54,54 +54,53 @@ def test_an_episode_of_one_step_teaches_the_value_and_makes_no_nan(rng):
     memory = memory_of(rng, 1)
     state, returns = memory.state_lst[0], memory.return_lst[0]
     agent = ppo.Agent(ppo.PVNet())
-    before = agent.model.get_weights()
+
+    def error():
+        return abs(agent.forward(agent.model.get_weights(), state)[1][0] - returns)
+
+    error_before = error()
     agent.update(*memory.get_batch())
-    errors = [abs(agent.forward(weights, state)[1][0] - returns)
-              for weights in (before, agent.model.get_weights())]
-    assert errors[1] < errors[0]        # false if NaN
+    assert error() < error_before       # false if NaN
 
 
 @pytest.mark.parametrize("ratio, advantage, slope", [
     (1.1, 2, 2), (1.5, 2, 0), (.5, 2, 2), (.9, -2, -2), (.5, -2, 0), (1.5, -2, -2)])
-def test_clip_in_its_corners_by_hand(ratio, advantage, slope, monkeypatch):
-    monkeypatch.setattr(ppo, "TRAIN_ITERS", 1)
+def test_clip_in_its_corners_by_hand(ratio, advantage, slope):
     # With weights of 0 both actions have π = .5 and V is 0. Then the slope of the ratio is
     # ratio·.5 at the chosen action's bias and minus this at the other's, that of the entropy is 0.
-    agent = agent_with([np.zeros_like(w) for w in ppo.PVNet().get_weights()])
-    state, action, log_pi = np.zeros((1, 4), np.float32), np.array([1]), np.log([.5 / ratio])
-    columns = [np.array(x, np.float32) for x in (log_pi, [3], [advantage])]
-    agent.update(state, action, *columns)
-    *_, pi_bias, _, v_bias = agent.model.get_weights()
-    np.testing.assert_allclose(pi_bias, [-slope * ratio / 2, slope * ratio / 2], rtol=1e-5)
-    np.testing.assert_allclose(v_bias, .9 * 2 * 3, rtol=1e-5)
+    weights = [np.zeros_like(w) for w in ppo.PVNet().get_weights()]
+    columns = [np.array(x, np.float32) for x in (np.log([.5 / ratio]), [3], [advantage])]
+    *_, pi_bias, _, v_bias = gradients_of(weights, np.zeros((1, 4)), np.array([1]), *columns)
+    np.testing.assert_allclose(pi_bias, [slope * ratio / 2, -slope * ratio / 2], rtol=1e-5)
+    np.testing.assert_allclose(v_bias, -.9 * 2 * 3, rtol=1e-5)
 
 
 def test_gradients_equal_finite_differences_of_the_loss_in_numpy(rng, monkeypatch):
-    for name, value in ("DROPRATE", 0), ("HID_NUM", 5), ("TRAIN_ITERS", 1):
-        monkeypatch.setattr(ppo, name, value)
-    before = [rng.normal(size=w.shape).astype(np.float32) / 2 for w in ppo.PVNet().get_weights()]
-    agent = agent_with(before)
+    monkeypatch.setattr(ppo, "DROPRATE", 0)
+    monkeypatch.setattr(ppo, "HID_NUM", 5)
+    model = ppo.PVNet()
+    forward = ppo.Agent(model).forward
+    weights = [rng.normal(size=w.shape).astype(np.float32) / 2 for w in model.get_weights()]
     batch = state, action, log_pi, returns, advantage = memory_of(rng, 12).get_batch()
 
     def loss(weights):
-        pi, v = agent.forward(weights, state.astype(float))
+        pi, v = forward(weights, state.astype(float))
         ratio = pi[range(12), action] / np.exp(log_pi)
-        clipped = np.clip(ratio, .8, 1.2)
-        return np.mean(-np.minimum(ratio * advantage, clipped * advantage)
-                       + .9 * (returns - v[:, 0]) ** 2 + 1e-3 * (pi * np.log(pi)).sum(axis=1))
+        gain = np.minimum(ratio * advantage, np.clip(ratio, .8, 1.2) * advantage)
+        entropy = -(pi * np.log(pi)).sum(axis=1)
+        return np.mean(-gain + .9 * (returns - v[:, 0]) ** 2 - 1e-3 * entropy)
 
-    agent.update(*batch)
-    after = agent.model.get_weights()
-    for w, new, gradient in zip(before, after, finite_differences(loss, before)):
-        np.testing.assert_allclose(w - new, gradient, atol=1e-5)
-        assert np.abs(gradient).max() > 1e-3
+    for gradient, expected in zip(gradients_of(weights, *batch), finite_differences(loss, weights)):
+        np.testing.assert_allclose(gradient, expected, atol=1e-5)
+        assert np.abs(expected).max() > 1e-3
 
 
 def test_update_equals_a_loop_in_python_of_steps_of_adam_that_ends_by_the_posts_rule(
         rng, monkeypatch):
     monkeypatch.setattr(ppo, "DROPRATE", 0)
     keras.utils.set_random_seed(3)
-    agent, twin = ppo.Agent(ppo.PVNet()), ppo.Agent(ppo.PVNet())
+    agent = ppo.Agent(ppo.PVNet())
+    twin = ppo.Agent(ppo.PVNet())
     twin.model.set_weights(agent.model.get_weights())
     twin.optimizer = keras.optimizers.Adam(1e-4, epsilon=1e-8)
     twin.optimizer.build(twin.model.trainable_variables)
