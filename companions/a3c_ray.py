@@ -1,18 +1,21 @@
 """The A3C of a3c_cartpole.py on many cores and many machines, with Ray.
 
-Python runs one thread of a program at a time. Here each worker is a process of its own, on any
-core of any machine, so the workers play at the same time, if there are enough cores. The parameter
-server is one more process, and the workers call its methods through Ray (https://docs.ray.io).
+Python runs the code of one thread at a time. Here each worker is a process of its own, on any core
+of any machine, so the workers play at the same time. The parameter server is one more process, and
+the workers call its methods through Ray (https://docs.ray.io). Each update costs such a call, about
+a millisecond. So this pays where a step of the game takes long; a step of CartPole does not.
 
-    python companions/a3c_ray.py                                    # on this machine
-    python companions/a3c_ray.py --address 192.168.0.1:6379         # on a Ray cluster, started on
-                                                                    # one of its machines
-    python companions/a3c_ray.py --address ray://192.168.0.1:10001  # the same from elsewhere
+    python companions/a3c_ray.py                        # on this machine
+    python companions/a3c_ray.py --workers 32 --address 192.168.0.1:6379
+                                                        # on a cluster, from one of its machines
+    python companions/a3c_ray.py --workers 32 --address ray://192.168.0.1:10001
+                                                        # on a cluster, from another machine
 
-companions/README.md says how to start a cluster. Read a3c_cartpole.py first. Its WorkerThread,
-Environment, Agent and LocalBrain run here unchanged. In the main file they use a ParameterServer,
-an object in their own memory. Here it is in another process, and each worker has a RemoteServer in
-its place, which calls it. One update, with the numbers of the main file:
+A cluster is several machines on which Ray runs; companions/README.md says how to start it. Read
+a3c_cartpole.py first. Its WorkerThread, Environment, Agent and LocalBrain run here unchanged. They
+call the methods of a ParameterServer and read its attributes. Here the parameter server is in
+another process, so each worker has a RemoteServer, which sends calls there and keeps what is
+answered. One update, with the numbers of the main file:
 
     a worker's process                                      the server's process
     6. LocalBrain computes gradients with θ'
@@ -20,19 +23,22 @@ its place, which calls it. One update, with the numbers of the main file:
        RemoteServer.take              ← θ, frames, stop        and answers
     9. LocalBrain takes this θ: θ' ← θ
 
+It is still asynchronous: a worker waits for the server's answer, not for the steps of others. The
+more workers, the older the gradients: with 64, about 63 updates of others come in between.
+
 Words of Ray: an actor is a process that holds one object and runs its methods when other processes
 call them. (It is not the actor of Actor-Critic.) Here the server is an actor, and so is each
 worker. A handle stands for an actor in the processes that call it. `handle.method.remote(...)`
-sends a call and returns at once, with a reference to the result. `ray.get` waits for the result.
-The driver is the program that you start. It starts the actors and shows the progress.
+sends a call and returns at once, with a reference to the result; `ray.get` waits for the result.
+The driver is the program that you start. It shows the progress.
 
 What differs from the main file:
 - A worker learns what the others have done (steps, updates, the end of learning) only from the
-  server's answers, before its first step and after each of its updates. So after the end it may
-  begin one more episode.
-- Two updates never meet, because the server answers one call after another.
-- If a worker is lost, for example with its machine, the others go on: A3C loses only what this one
-  would have played. If the server is lost, the run ends, and the weights seen last are saved.
+  server's answers, before its first step and after each of its updates. So it may play on after the
+  end, until ray.shutdown ends it.
+- The server's lock has nothing to do, because the server answers one call after another.
+- If a worker is lost, for example with its machine, the others go on: A3C loses only its unsent
+  steps and its later play. If the server is lost, the run ends, and the weights seen last are kept.
 """
 import logging
 import os
@@ -57,11 +63,14 @@ except ImportError:
 
 
 def learn(run, names, args, learning_rate):
-    """Start the processes, let the workers play until learning is over, and show it."""
-    # M0. Start the server's process. `ray.remote` makes a class of actors, and its `remote` starts
-    #     a process with an object of the class. The server runs on the driver's machine, so that it
-    #     is not lost with another one. num_cpus=0: it starts even if other programs have taken all
-    #     CPUs of the cluster. (Ray only counts CPUs.)
+    """Start the processes, let the workers play until learning is over, and show it.
+
+    `run`, a common.Run, has the driver's list of episodes, the bars, and the weights to keep.
+    """
+    # M0. Start the server's process. `ray.remote` makes a class of actors of Server, and
+    #     `server_class.remote` starts one in a process. It runs on the machine to which the driver
+    #     connects, so that it is not lost with another one. num_cpus=0: it starts even if other
+    #     programs have taken all CPUs of the cluster. (Ray counts CPUs, but binds no cores.)
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False)
     server_class = ray.remote(num_cpus=0, scheduling_strategy=here)(Server)
@@ -73,27 +82,27 @@ def learn(run, names, args, learning_rate):
     workers = [worker_class.remote() for _ in names]
 
     # M2. Let them play. Each worker gets the server's handle, so that it can call the server.
-    results = {name: worker.run.remote(name, server, args.seed, args.env)
+    references = {name: worker.run.remote(name, server, args.seed, args.env)
                for name, worker in zip(names, workers)}
 
-    # Not in the main file: ask the server for news, five times a second.
-    playing = {result: name for name, result in results.items()}
+    # Show the progress: ask the server for news, five times a second.
+    playing = {reference: name for name, reference in references.items()}
     is_over = False
     while playing and not is_over:
         ended, _ = ray.wait(list(playing), timeout=.2)      # until a worker has ended, or .2 s
-        is_over = take_news(server, run)                    # fails if the server is lost
-        for result in ended:
-            name = playing.pop(result)
+        is_over = take_news(server, run)        # fails if the server is lost (see `main`)
+        for reference in ended:
+            name = playing.pop(reference)
             try:
-                ray.get(result)                             # fails if the worker is lost
+                ray.get(reference)              # fails if the worker is lost
             except lost_errors() as error:
                 common.say(f"{name} is lost: {reason(error)}")
 
-    # M3. Only the winner has something to hand over. ray.shutdown, in `main`, ends all processes.
+    # M3. Get the winner's weights. The others are not awaited: ray.shutdown, in `main`, ends them.
     if run.is_learned:
-        winner = run.history[-1].worker
+        winner = run.history[-1].worker         # (after its episode the server records no other)
         try:
-            run.best_weights = ray.get(results[winner], timeout=10)
+            run.best_weights = ray.get(references[winner], timeout=10)
         except lost_errors():
             common.say("the winner is lost: the mean of the last ten θ that came here is saved")
     elif not is_over:
@@ -101,14 +110,14 @@ def learn(run, names, args, learning_rate):
 
 
 def take_news(server, run):
-    """Ask the server for the episodes that the driver does not know. Return True if it has ended.
+    """Ask the server for the episodes that the driver does not know. Return whether it has stopped.
 
-    `run` applies the same rule to the same episodes as the workers do, so both agree. Its own mean
-    of weights, of θ up to .2 s late, is kept only if the winner is lost.
+    `run` applies the workers' rule again, so both agree. It also averages the θ that it sees here
+    after the last ten episodes, in case the winner is lost.
     """
     (weights, frames, stop), episodes = ray.get(server.news.remote(len(run.history)))
     if frames == 0:
-        run.start_clock()       # the clock starts with the first update
+        run.start_clock()       # so it starts with the first update
     for e in episodes:
         run.steps = e.total_steps
         run.finish_episode(e.worker, e.steps, weights)
@@ -127,31 +136,54 @@ class Worker:
         return remote_server.weights if remote_server.is_learned else None
 
 
+class Server(a3c.ParameterServer):
+    """The parameter server as an actor, with θ, apply_gradients and record of the main file.
+
+    Another process cannot read its attributes. It can only call its methods, and gets a copy of
+    what they return. So `update` also returns everything that a worker must know to play on.
+    """
+
+    def update(self, gradients, steps):
+        """Apply a worker's gradients, after `steps` more steps of this worker."""
+        self.frames += steps
+        self.apply_gradients(gradients)         # 8. θ changes
+        return self.answer()
+
+    def answer(self):
+        """Return what a worker must know before it plays on: θ, frames, and whether to stop."""
+        return self.weights, self.frames, self.stop.is_set()
+
+    def news(self, known):
+        """Return the same, and the episodes after the first `known` ones."""
+        return self.answer(), self.history[known:]
+
+
 class RemoteServer(a3c.ParameterServer):
     """A worker's stand-in for the parameter server.
 
-    For the main file's classes it is a ParameterServer. But its `weights`, `frames` and `stop` are
-    only what the server has answered last, and what would change them is sent to the server.
+    For the main file's classes it is a ParameterServer. But its `weights`, `frames` and `stop` come
+    from the server's last answer. It sends gradients, steps and episodes to the server, nothing
+    else.
     """
 
     def __init__(self, server, seed):
-        super().__init__(seed)      # makes `compiled_gradients` and `stop` for this process
+        super().__init__(seed)      # for `seed`, `stop` and `compiled_gradients`; its θ is not used
         self.server = server        # the handle of the server's actor
         self.steps_since_update = 0
-        self.take(ray.get(self.server.state.remote()))      # the first θ
+        self.take(ray.get(self.server.answer.remote()))     # 1. the first θ
 
     def apply_gradients(self, gradients):
         """7. Send gradients to the server, and get θ as it is after the update."""
-        state = ray.get(self.server.update.remote(gradients, self.steps_since_update))
+        answer = ray.get(self.server.update.remote(gradients, self.steps_since_update))
         self.steps_since_update = 0
-        self.take(state)
+        self.take(answer)
 
-    def take(self, state):
+    def take(self, answer):
         """Take over what the server has answered.
 
-        9. LocalBrain.pull_parameter_server then takes this θ. It needs no call of its own.
+        9. LocalBrain.pull_parameter_server then takes this θ, without a call to the server.
         """
-        self.weights, self.frames, stop = state
+        self.weights, self.frames, stop = answer
         if stop:
             self.stop.set()
 
@@ -163,35 +195,13 @@ class RemoteServer(a3c.ParameterServer):
     def record(self, episode, has_learned):
         """Let the server record an episode. Return True if this worker is the winner.
 
-        Environment.finish_episode then calls push_parameter_server, which puts the weights to keep
-        into `self.weights`. Worker.run returns them.
+        Environment.finish_episode then calls push_parameter_server, which puts the mean of the last
+        ten θ' into `self.weights`. Worker.run returns it. `is_learned` is true only for the winner.
         """
         self.is_learned = ray.get(self.server.record.remote(episode, has_learned))
         if self.is_learned:
-            self.stop.set()
+            self.stop.set()         # no more answers, which would replace these weights
         return self.is_learned
-
-
-class Server(a3c.ParameterServer):
-    """The parameter server as an actor, with θ, apply_gradients and record of the main file.
-
-    Another process cannot read its attributes. It can only call its methods, and gets a copy of
-    what they return. So `update` also returns everything that a worker must know to play on.
-    """
-
-    def update(self, gradients, steps):
-        """Apply gradients of a worker, which has played `steps` steps since its last ones."""
-        self.frames += steps
-        self.apply_gradients(gradients)         # 8. θ changes
-        return self.state()
-
-    def state(self):
-        """Return what a worker must know before it plays on: θ, frames, and whether to stop."""
-        return self.weights, self.frames, self.stop.is_set()
-
-    def news(self, known):
-        """Return the state, and the episodes after the first `known` ones."""
-        return self.state(), self.history[known:]
 
 
 # == Not needed to understand A3C with Ray: errors, starting Ray, options, test ====================
@@ -218,7 +228,7 @@ def start_ray(args):
     sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
         check_address(args.address)
-        # Ray sends the main file to the workers. (It sends the classes of this file by itself.)
+        # Ray sends only classes of the program itself to the workers, so name the main file here.
         ray.init(args.address, log_to_driver=False, logging_level=logging.CRITICAL,
                  runtime_env={"py_modules": [a3c.__file__]}, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -255,7 +265,7 @@ def main(argv=None):
     parser.add_argument("--env", default=a3c.ENV, choices=["CartPole-v0", "CartPole-v1"],
                         help="episodes of at most 200 or 500 steps")
     parser.add_argument("--workers", type=common.positive_number, metavar="N",
-                        default=max(2, min(8, os.cpu_count() - 1)),     # 1 core: server and driver
+                        default=max(2, min(8, os.cpu_count() - 1)),     # 1 for server and driver
                         help="learning processes; each needs a CPU")
     parser.add_argument("--address", default="local",
                         help="a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; or local, which"
@@ -265,6 +275,7 @@ def main(argv=None):
     learning_rate = a3c.LEARNING_RATE_V1 if args.env == "CartPole-v1" else a3c.LEARNING_RATE
     own = a3c.ParameterServer(args.seed)        # the driver's own, for its Keras model
     a3c.check_predict(own)
+    brain = a3c.LocalBrain(own)
     names = [f"worker_{i + 1}" for i in range(args.workers)]
     run = common.Run(own.model, gym.make(args.env, render_mode="rgb_array"),
                      f"A3C with Ray, {args.env}, {args.workers} processes", args, names)
@@ -278,11 +289,10 @@ def main(argv=None):
         finally:
             with common.uninterrupted():        # otherwise a second Ctrl-C could leave processes
                 ray.shutdown()
-    forward = common.numpy_forward(own.model)
 
     def act(weights, s):
-        p, _ = forward(weights, s)
-        return int(p.argmax())          # the more probable action
+        brain.weights = weights
+        return int(brain.predict_p(s).argmax())         # the more probable action
 
     return run.test(act)
 
