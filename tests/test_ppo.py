@@ -52,7 +52,8 @@ def test_batch_holds_the_episode_with_standardized_advantages_and_empties_the_me
 
 def test_an_episode_of_one_step_teaches_the_value_and_makes_no_nan(rng):
     memory = memory_of(rng, 1)
-    state, returns = memory.state_lst[0], memory.return_lst[0]
+    [state] = memory.state_lst
+    [returns] = memory.return_lst
     agent = ppo.Agent(ppo.PVNet())
 
     def error():
