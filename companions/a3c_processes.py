@@ -1,26 +1,28 @@
-"""A3C with processes in place of threads, so that all cores of a machine learn together.
+"""A3C with processes in place of threads, so that several cores learn together.
 
-Python has a lock, the GIL, because of which only one thread of a process runs at a time: the
-threads of a3c_cartpole.py use one core. Processes run at the same time, but each has a memory of
-its own. So here θ, the weights of the network, lies in memory that all processes share, and each
-process changes θ without a lock.
+Python has a lock, the GIL, because of which only one thread of a process runs Python code at a
+time. So more cores help the threads of a3c_cartpole.py little. Processes run at the same time, but
+each has a memory of its own. So here θ, the weights of the network, lies in memory that all
+processes share, and each process changes θ without a lock.
 
-    python companions/a3c_processes.py      # learns within seconds; films: movie/a3c_processes
+    python companions/a3c_processes.py      # learns within seconds; its films are then in
+                                            # movie/a3c_processes
 
 This is the program of rarilurelo's post 「PyTorchでA3C」 (blog rarilureloの日記, 2017), with its
 repository of the same day, https://github.com/rarilurelo/pytorch_a3c/tree/c36074b. Read
 a3c_cartpole.py first: it explains actor, critic and advantage. Then look at these places:
 
     the loop of each process                        train
+    the returns and the loss                        compute_returns, compute_loss
     how a process copies θ                          Policy.sync
     how it changes θ for all, without a lock        AsyncRMSprop.step
-    what all processes share                        share_memory, and the first lines of `learn`
+    what all processes share                        as_arrays, and the first lines of `learn`
 
-Symbols: θ the shared weights; θ' a process's copy; p the probability of each action; V(s) what the
-critic expects from the state s on. A rollout is the steps that a process plays with one copy; T is
-their number. Unlike in a3c_cartpole.py, and as in the paper, the return of each step looks ahead to
-the end of its rollout, and the loss is a sum. companions/README.md lists what differs from the
-post.
+Symbols: θ the shared weights; θ' a process's copy; p the probability of each action; V what the
+critic expects (here of normalised returns, see compute_returns). A rollout is the steps that a
+process plays with one copy; T is their number. As in the paper (https://arxiv.org/abs/1602.01783),
+and not as in a3c_cartpole.py, a return looks ahead to the end of its rollout, and the loss is a
+sum. companions/README.md lists what differs from the post.
 """
 # ruff: noqa: E402  (quick_start is called before the imports that take seconds)
 import collections
@@ -34,7 +36,7 @@ from multiprocessing import connection
 
 
 def quick_start():
-    """On Linux, start a server that imports TensorFlow now, while this process imports it, too.
+    """Start a server that imports TensorFlow now, while this process does so, too (Linux only).
 
     Each process that learns is then a copy of the server. Return how processes are to be started.
     """
@@ -42,19 +44,13 @@ def quick_start():
         return "spawn"          # each process is a new Python
     from multiprocessing import forkserver
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)    # so that the server finds `common`
-    forkserver.set_forkserver_preload(["common"])
-    try:
-        forkserver.ensure_running()     # (a second time this does nothing)
-    except OSError:             # it makes a socket in TMPDIR, whose path may be too long for one
-        return "spawn"
+    forkserver.set_forkserver_preload(["common"])           # (`common` imports TensorFlow)
+    forkserver.ensure_running()                             # a second time this does nothing
     return "forkserver"
 
 
 if __name__ == "__main__":
     quick_start()
-IS_LEARNING_PROCESS = mp.current_process().name.startswith("process_")
-if IS_LEARNING_PROCESS:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # The main process obeys Ctrl-C, and ends this.
 
 import common
 
@@ -70,18 +66,19 @@ ENV = "CartPole-v0"
 NUM_ACTIONS = 2
 DIM_OBS = 4             # numbers in one frame
 
-# -- constants: FRAME_NUM and GAMMA as in the post, the others as in its repository
+# -- constants: FRAME_NUM and GAMMA are the post's, the others below are its repository's
 NUM_PROCESS = 8
-FRAME_NUM = 4           # frames that the network sees together (one would do: it has velocities)
+FRAME_NUM = 4           # frames that the network sees together (one, with velocities, would do)
 LOCAL_T_MAX = 50        # steps of a rollout, at most
 GAMMA = .99             # γ: a reward k steps ahead counts γ^k
-V_LOSS_COEFF = .5       # coefficient of the value loss
+V_LOSS_COEFF = .5       # coefficient of the value loss, half the squared error
 ENTROPY_BETA = .01      # coefficient of the entropy
 LR = 1.1e-3             # learning rate at the first step
+MAX_EPISODES = 20_000   # of all processes together; not in the post
 EPOCH = 10_000_000      # steps of all processes together, at most (these are no epochs of Keras)
 ALPHA = .99             # how much of its mean of squared gradients RMSProp keeps at each update
 EPS = .1                # keeps the divisors of RMSProp and of the returns, and the argument of the
-                        # entropy's logarithm, away from 0
+                        # entropy's logarithm, away from 0 (for these it is large)
 
 
 class Policy:
@@ -97,8 +94,8 @@ class Policy:
         p = self.linear(fc2, NUM_ACTIONS, "softmax")
         v = self.linear(fc2, 1, "linear")
         self.model = keras.Model(l_input, [p, v], name=NAME)
-        self.weights = self.model.get_weights()         # eight arrays: kernel and bias of each
-        self.numpy_forward = common.numpy_forward(self.model)
+        self.weights = self.model.get_weights()     # θ': kernel and bias of each of four layers
+        self.numpy_forward = common.numpy_forward(self.model)   # the same in NumPy: faster for one
 
     @staticmethod
     def linear(x, size, activation):
@@ -109,7 +106,7 @@ class Policy:
                                   bias_initializer=uniform)(x)
 
     def forward(self, x):
-        """Compute p (2,) and V, a number, of one state x (16,), with θ'. Post: `forward`."""
+        """Compute p (2,) and V, a number, of a state x (16,), four frames. Post: `forward`."""
         policy, value = self.numpy_forward(self.weights, x)
         return policy, value[0]
 
@@ -117,17 +114,17 @@ class Policy:
         """Copy the shared weights: θ' ← θ. Post: `sync`.
 
         Another process may be writing meanwhile. Then the copy is partly older and partly newer.
-        That does little harm, because one update changes θ very little.
+        That does little harm, because one update changes θ little.
         """
         self.weights = [w.copy() for w in global_weights]
 
 
-def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, global_t, episodes):
+def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, global_t, sender):
     """Learn until all processes together have made EPOCH steps. Post: `train`.
 
     `global_weights` is θ, and `global_t` (1,) counts the steps. Both are arrays in shared memory.
-    `episodes` is a pipe to the main process. Usually that one ends all processes much earlier,
-    because one of them has learned.
+    Through the pipe `sender` the main process hears of each episode. Usually it ends all processes
+    much earlier, because one has learned (not as in the post).
     """
     o, _ = env.reset()
     sum_rewards = 0
@@ -139,11 +136,11 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
         observations = []
         actions = []
         rewards = []
-        R = 0       # it stays 0 if the episode ends: then no rewards come later
+        R = 0       # it stays 0 if the pole falls or, as in the post, if the time is up
         for _ in range(LOCAL_T_MAX):
             # `+=` changes the array itself, so all processes see it. No lock: see AsyncRMSprop.
             global_t += 1
-            p, _ = local_policy.forward(o)
+            p, _ = local_policy.forward(o)      # (the post keeps p and V for step 4)
             a = rng.choices(range(NUM_ACTIONS), p.tolist())[0]
             observations.append(o)      # (the post appends the next state, and does not use it)
             actions.append(a)
@@ -152,7 +149,7 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
             sum_rewards += r
             if terminated or truncated:
                 o, _ = env.reset()
-                episodes.send(int(sum_rewards))
+                sender.send(int(sum_rewards))
                 sum_rewards = 0
                 break
         else:
@@ -167,16 +164,16 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
             [tf.constant(w) for w in local_policy.weights], tf.constant(np.array(observations)),
             tf.constant(actions), tf.constant(returns))
 
-        # 5. Change θ, for all processes at once. The learning rate falls from LR to 0 at the last
-        #    step. (In a run of 70 000 steps it falls by less than 1 %.)
+        # 5. Change θ, for all processes. The learning rate falls from LR to 0 at the last step. (In
+        #    a usual run, of 70 000 steps, it falls by less than 1 %.)
         new_lr = max(0, EPOCH - int(global_t[0])) / EPOCH * LR
         optimizer.step(new_lr, [gradient.numpy() for gradient in gradients])
 
 
 def compute_returns(rewards, R):
-    """Compute the return of each step (T,): the sum of its own and all later discounted rewards.
+    """Compute the return of each step of a rollout (T,), the discounted rewards from it on.
 
-    `rewards` are those of a rollout, and R stands for the rewards after it.
+    R stands for the rewards after the rollout. The returns are then normalised, as in the post.
     """
     returns = []
     for r in rewards[::-1]:
@@ -184,22 +181,23 @@ def compute_returns(rewards, R):
         returns.insert(0, R)
     returns = np.array(returns, np.float32)
 
-    # Normalise: to a mean of 0 and a standard deviation near 1. (ddof=1: as in PyTorch.) This is
-    # kept as in the post, though it mixes two units. V learns normalised returns, so R, which is a
-    # V, is a number near 0. But above it stands for the later rewards, which are not normalised:
-    # their sum can be up to 1/(1 - γ) = 100. So even if the pole stands well, the end of a rollout
-    # looks nearly like the end of the episode.
-    if len(returns) > 1:
+    # Normalise: to a mean of 0 and a standard deviation near 1 (ddof=1: PyTorch's). This mixes two
+    # units. V learns normalised returns, so R, which is a V, is a number near 0. But in the loop
+    # above it stands for later rewards that are not normalised; their sum may be near 80 here. So
+    # even if the pole stands well, the end of a rollout looks nearly like the end of the episode.
+    # It learns nevertheless, because real ends come with shorter rollouts, whose returns do depend
+    # on the actions. (The author took the normalisation out later.)
+    if len(returns) > 1:        # (one number has no deviation)
         returns = (returns - returns.mean()) / (returns.std(ddof=1) + EPS)
     return returns
 
 
 def compile_gradients(model):
-    """Compile a function that computes the gradients of the loss, for any length T of a rollout."""
+    """Compile a static graph of the gradients of the loss, once for any length T of a rollout."""
 
     def gradients(weights, observations, actions, returns):
         with tf.GradientTape() as tape:     # records what is computed, to find its gradients
-            tape.watch(weights)
+            tape.watch(weights)             # with respect to these
             # The model with these weights. ([] and _ are for other state, which it lacks.)
             (p, v), _ = model.stateless_call(weights, [], observations)
             loss = compute_loss(p, v[:, 0], actions, returns)
@@ -212,22 +210,23 @@ def compile_gradients(model):
 
 def compute_loss(p, v, actions, returns):
     """Compute the loss, a sum over a rollout: p (T, 2), V (T,), actions (T,), returns (T,)."""
-    advantage = returns - v     # how much better it went than the critic expected
+    advantage = returns - v     # how much the normalised return exceeds V
 
     # The actor: make actions with a positive advantage more probable, others less. The advantage
-    # is a constant here. Post: `a.reinforce(r - v.data)`, which PyTorch removed in 2017.
+    # is a constant here. (The post's `a.reinforce(x)`, gone since 2017, adds the gradient of
+    # -x·log p. See the main file's loss_total.)
     p_action = tf.gather(p, actions, axis=1, batch_dims=1)      # p of the action that was chosen
-    log_prob = tf.math.log(p_action + 1e-10)
+    log_prob = tf.math.log(p_action + 1e-10)                    # 1e-10: never log 0
     policy_loss = -tf.reduce_sum(log_prob * tf.stop_gradient(advantage))
 
     # The critic: move V towards the return.
     v_loss = .5 * V_LOSS_COEFF * tf.reduce_sum(tf.square(advantage))
 
-    # The post's `entropy` is about minus the entropy, Σ p·log p. To make it small keeps p from
-    # becoming 0 or 1 too early.
-    entropy = ENTROPY_BETA * tf.reduce_sum(p * tf.math.log(p + EPS))
+    # Minus the entropy, Σ p·log p (but for EPS). To make it small works against a p near 0 or 1.
+    # (It is the post's `entropy`.)
+    minus_entropy = ENTROPY_BETA * tf.reduce_sum(p * tf.math.log(p + EPS))
 
-    return policy_loss + v_loss + entropy
+    return policy_loss + v_loss + minus_entropy
 
 
 class AsyncRMSprop:
@@ -243,9 +242,8 @@ class AsyncRMSprop:
         RMSProp divides each gradient by its own usual size, √m. EPS is added, so where √m is far
         below EPS the divisor is about EPS, and small gradients make small changes.
 
-        No lock: `-=` reads a weight, subtracts, and stores. If two processes do so at the same
-        moment, one of the two changes is lost. It is one of thousands. (The paper has no lock
-        either.)
+        No lock: `-=` reads a weight, subtracts, and stores. If two processes do so to a weight at
+        the same moment, one of the two changes is lost. The paper accepts that, too.
         """
         for w, m, g in zip(self.global_weights, self.mean_squares, gradients):
             m *= ALPHA
@@ -253,35 +251,38 @@ class AsyncRMSprop:
             w -= lr * g / (np.sqrt(m) + EPS)
 
 
-def share_memory(memory, policy):
+def as_arrays(memory, policy):
     """Show RawArrays as NumPy arrays, without a copy: what one process writes, all others read.
 
-    PyTorch does this by `share_memory`. The post describes this older way first.
+    PyTorch's `share_memory` does both parts. The post describes this older way first.
     """
     return [np.frombuffer(m, np.float32).reshape(w.shape) for m, w in zip(memory, policy.weights)]
 
 
 def learn(policy, num_process, seed, run):
-    """Let processes learn until one has learned, or one has failed. `policy` gives the first θ."""
+    """Let processes learn until one has learned, one has crashed, or all have made EPOCH steps.
+
+    `policy` gives the first θ. `run`, a common.Run, records episodes and says when one has learned.
+    """
     # The memory that all processes share: θ, RMSProp's mean squares (from 0), the count of steps.
     shared_weights = [mp.RawArray("f", w.ravel()) for w in policy.weights]
     shared_squares = [mp.RawArray("f", w.size) for w in policy.weights]
     shared_t = mp.RawArray("q", 1)
-    global_weights = share_memory(shared_weights, policy)
+    global_weights = as_arrays(shared_weights, policy)
 
     context = mp.get_context(quick_start())
-    processes = {}      # for each process the pipe that tells of its episodes
+    processes = {}      # the process of each receiver
     try:
         for rank in range(num_process):
-            episodes, sender = context.Pipe(duplex=False)
+            receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=run_process, name=f"process_{rank}",
                 args=(seed, shared_weights, shared_squares, shared_t, sender),
                 daemon=True)            # Python's exit ends it, and does not wait for it
             process.start()             # from here on run_process goes on by itself
-            sender.close()              # now only the process has this end of the pipe
-            processes[episodes] = process
-        for name, steps in receive(processes):
+            sender.close()              # so that `recv` fails when the process has ended
+            processes[receiver] = process
+        for name, steps in receive(dict(processes)):
             if not run.history:
                 run.start_clock()       # at the first episode: to start processes does not count
             run.steps = shared_t[0]
@@ -289,45 +290,42 @@ def learn(policy, num_process, seed, run):
             if run.finish_episode(name, steps, policy.weights):
                 break
     finally:
-        with common.uninterrupted():
-            for process in processes.values():
-                process.kill()          # it has no files to put in order
-                process.join()
+        for process in processes.values():
+            process.kill()              # it has no files to put in order
+            process.join()
 
 
 def receive(processes):
-    """Yield a process's name and an episode's steps, until all have ended or one has failed."""
-    processes = dict(processes)
+    """Yield a process's name and an episode's steps, until all have ended or one has crashed."""
     while processes:
-        for episodes in connection.wait(processes):
-            process = processes[episodes]
+        for receiver in connection.wait(processes):
+            process = processes[receiver]
             try:
-                steps = episodes.recv()
-            except (EOFError, OSError):         # its process has ended
+                yield process.name, receiver.recv()
+            except (EOFError, OSError):         # the process has ended
                 process.join()
                 if process.exitcode != 0:       # (it is 0 after EPOCH steps)
                     sys.exit(f"error: {process.name} ended with exit code {process.exitcode}")
-                del processes[episodes]
-            else:
-                yield process.name, steps
+                del processes[receiver]
 
 
-def run_process(seed, shared_weights, shared_squares, shared_t, episodes):
+def run_process(seed, shared_weights, shared_squares, shared_t, sender):
     """Do what one process does: make what belongs to it alone, and train."""
-    # --seed fixes these random numbers. A run is not repeated by it, because the order in which the
-    # processes change θ is left to the system.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # the main process obeys Ctrl-C, and ends this
+    # --seed fixes these random numbers, but it does not repeat a run, because the order in which
+    # the processes change θ is left to the system.
     rng = random.Random(None if seed is None else f"{seed} {mp.current_process().name}")
     gym.logger.min_level = gym.logger.ERROR         # do not say that CartPole-v0 is old
     env = StackEnv(gym.make(ENV, disable_env_checker=True))
     env.reset(seed=rng.getrandbits(31))             # fixes all later resets, too
     local_policy = Policy()
     compute_gradients = compile_gradients(local_policy.model)
-    global_weights = share_memory(shared_weights, local_policy)
-    optimizer = AsyncRMSprop(global_weights, share_memory(shared_squares, local_policy))
+    global_weights = as_arrays(shared_weights, local_policy)
+    optimizer = AsyncRMSprop(global_weights, as_arrays(shared_squares, local_policy))
     global_t = np.frombuffer(shared_t, np.int64)
     with contextlib.suppress(BrokenPipeError):      # nobody receives: the main process was killed
         train(rng, global_weights, local_policy, compute_gradients, optimizer, env, global_t,
-              episodes)
+              sender)
 
 
 class StackEnv(gym.Wrapper):
@@ -354,11 +352,8 @@ class StackEnv(gym.Wrapper):
 
 def main(argv=None):
     """Learn, keep what was learned, play with it; return the exit status."""
-    if IS_LEARNING_PROCESS:
-        print('error: call main below `if __name__ == "__main__":`, because each process runs your'
-              " script, too", file=sys.stderr, flush=True)
-        sys.exit(1)
-    parser = common.make_parser("Learn CartPole with A3C in processes, then film it.", NAME, 20_000)
+    parser = common.make_parser("Learn CartPole with A3C in processes, then film it.", NAME,
+                                MAX_EPISODES)
     parser.add_argument("--num-process", type=common.positive_number, default=NUM_PROCESS,
                         help="processes that learn")
     args = common.parse_options(parser, argv)

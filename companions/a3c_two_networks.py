@@ -1,33 +1,34 @@
 """A3C (Asynchronous Advantage Actor-Critic) with two networks that four threads share.
 
-Four threads each play a CartPole of their own. The actor computes p, the probability of a push to
-the right. The critic computes V(s), the discounted sum of the rewards to expect from the state s
-on. The advantage is how much better it went than the critic expected. No thread has weights of its
-own. Every ten steps and at the end of an episode, a thread trains both networks with its new steps.
-Asynchronous: no thread waits until another has played, only until another has trained.
+Four threads each play a CartPole of their own, because their data are then unrelated, and a network
+learns better from such data. The actor computes p, the probability of a push to the right. The
+critic computes V(s), the discounted sum of the rewards to expect from the state s on. The advantage
+of an action is R - V(s): how much more it brought than the critic expected. Every ten steps and at
+the end of an episode, a thread trains both networks with its new steps. Asynchronous: a thread does
+not wait until others have played, only until another has trained.
 
-    python companions/a3c_two_networks.py   # learns within seconds; films: movie/a3c_two_networks
+    python companions/a3c_two_networks.py   # learns in about 300 episodes, within seconds; its
+                                            # films are then in movie/a3c_two_networks
 
 This is the program of a post by xiaochus, 「Keras深度强化学习--A3C实现」, for today's libraries.
-The post is on jianshu.com (its address could not be confirmed), its code is A3C_sparse.py in
-https://github.com/xiaochus/Deep-Reinforcement-Learning-Practice. The post's classes and methods
-keep their names and order. Look at these places:
+The code is A3C_sparse.py in https://github.com/xiaochus/Deep-Reinforcement-Learning-Practice. The
+post's classes and methods keep their names and order, except load and save. Look at these places:
 
     how a thread plays, and when it trains      Agent.run_episode
     what the critic learns                      Agent.discount_reward, A3C.critic_loss
     what the actor learns                       Agent.train_episode, A3C.actor_loss
 
 The post's list (算法原理) has four steps: 1. copy the shared network, 2. play, 3. compute
-gradients, 4. change the shared network by them. Its program leaves out step 1. The post's reason:
-the data of different threads are unrelated (互相不相关), so each thread may train the shared
-networks themselves. (It is the post's reason, too, why there is no replay memory.) A lock lets only
-one thread at a time do 3 and 4. During 2 there is no lock, so other threads change the networks
-between two steps of a thread. In the main file, a3c_cartpole.py, a thread plays with a copy.
+gradients, 4. change the shared network by them. Its program leaves out step 1, and so each thread
+trains the shared networks directly. The post's reason: the data of the threads are unrelated (互相
+不相关). (This is rather the reason why there is no replay memory. The copy would keep p unchanged
+while a thread plays: see Agent.train_episode.) A lock lets only one thread at a time do 3 and 4.
 
 Symbols: p, the probability of a push to the right. R (in the code discounted_rewards): the return,
-the discounted sum of the rewards from a step on. T: the number of steps of an update.
+the discounted sum of the rewards from a step on. T: the number of steps of an update, at most 10.
+"The paper" is Mnih et al., 2016, https://arxiv.org/abs/1602.01783.
 
-companions/README.md lists what differs from the post; it is marked "not as in the post" below.
+What changes the algorithm is marked "not as in the post". companions/README.md lists all.
 """
 import random
 import threading
@@ -42,7 +43,7 @@ import tensorflow as tf
 ENV = "CartPole-v0"     # an episode ends after 200 steps at most
 NUM_STATES = 4          # cart position, cart velocity, pole angle, pole angular velocity
 
-GAMMA = .95             # a reward k steps later counts GAMMA^k; so their sum is below 20
+GAMMA = .95             # γ: a reward k steps later counts γ^k. All are 1: the sum is below 1/(1-γ)
 ACTOR_LR = .001         # learning rate of the actor's Adam
 CRITIC_LR = .01         # learning rate of the critic's Adam
 ENTROPY = .01           # coefficient of the entropy
@@ -58,7 +59,7 @@ class A3C:
 
     def __init__(self, seed=None):
         self.seed = seed
-        self.lock = threading.Lock()    # only the thread that holds it may change what is shared
+        self.lock = threading.Lock()    # only the thread that holds it may train
         self.stop = threading.Event()   # learning is over, whatever the reason
         self._build_model()
         self.actor_train, self.critic_train = self._build_optimizer()
@@ -87,9 +88,9 @@ class A3C:
         outputs = [self.actor(states), self.critic(states)]
         self.model = keras.Model(states, outputs, name="a3c_two_networks")
 
-        # With these weights all threads play, in NumPy. So there is no `predict` that has to be
-        # compiled before they start (post: 问题1). And no thread sees half of an update: a list is
-        # never changed, but replaced by a new one in a single assignment.
+        # All threads play in NumPy, with these two lists of weights. So no `predict` has to be
+        # compiled before they start (post: 问题1). A list is not changed, but replaced: no thread
+        # plays with half of an update. A forward function takes weights and states.
         self.actor_weights = self.actor.get_weights()
         self.critic_weights = self.critic.get_weights()
         self.actor_forward = common.numpy_forward(self.actor)
@@ -98,8 +99,9 @@ class A3C:
     def _build_optimizer(self):
         """Make the functions that train the actor and the critic.
 
-        Each takes one step of Adam, and returns the new weights (faster than get_weights).
-        TensorFlow compiles it at its first call, which is made under the lock.
+        Each takes one step of Adam, and returns the new weights (faster than get_weights). The
+        post needs K.function, a session and a graph (问题2, 问题3) for this. TensorFlow compiles
+        the functions at their first call, which is made under the lock.
         """
         actor_optimizer = keras.optimizers.Adam(ACTOR_LR)
         critic_optimizer = keras.optimizers.Adam(CRITIC_LR)
@@ -111,8 +113,8 @@ class A3C:
             variables = self.actor.trainable_variables
             with tf.GradientTape() as tape:
                 loss = self.actor_loss(self.actor(states), actions, advantages)
-            gradients = tape.gradient(loss, variables)          # 3. compute
-            actor_optimizer.apply(gradients, variables)         # 4. change
+            gradients = tape.gradient(loss, variables)          # step 3
+            actor_optimizer.apply(gradients, variables)         # step 4
             return [tf.convert_to_tensor(variable) for variable in variables]
 
         @tf.function(input_signature=[states, column], autograph=False)
@@ -120,8 +122,8 @@ class A3C:
             variables = self.critic.trainable_variables
             with tf.GradientTape() as tape:
                 loss = self.critic_loss(self.critic(states), discounted_rewards)
-            gradients = tape.gradient(loss, variables)          # 3. compute
-            critic_optimizer.apply(gradients, variables)        # 4. change
+            gradients = tape.gradient(loss, variables)          # step 3
+            critic_optimizer.apply(gradients, variables)        # step 4
             return [tf.convert_to_tensor(variable) for variable in variables]
 
         return actor_train, critic_train
@@ -140,33 +142,36 @@ class A3C:
         # Each action is multiplied by its own advantage: (T, 1) times (T, 1) is (T, 1). Not as in
         # the post, where K.flatten makes the advantages (T,). Then broadcasting makes a table
         # (T, T), each action times each advantage. Its mean is the mean cross-entropy times the
-        # mean advantage, and no longer says which actions were good.
+        # mean advantage: all actions of an update get the same factor.
         policy_loss = tf.reduce_mean(cross_entropy * advantages)
 
         # The entropy is large if both actions are about equally probable. It is subtracted, because
-        # an optimizer makes a loss small: this keeps p from becoming 0 or 1 too early. The 1e-10
-        # avoids log 0. (Second term, sign and mean: not as in the post.)
+        # an optimizer makes a loss small. This works against a p near 0 or 1. (Not as in the post:
+        # its entropy lacks the second term, and has the other sign, which makes p more extreme.)
         entropy = -p * tf.math.log(p + 1e-10) - (1 - p) * tf.math.log(1 - p + 1e-10)
         return policy_loss - ENTROPY * tf.reduce_mean(entropy)
 
     @staticmethod
     def critic_loss(values, discounted_rewards):
-        """Compute the critic's loss: V(s) shall move towards R. Both are columns (T, 1)."""
+        """Compute the critic's loss: V(s) should move towards R. Both are columns (T, 1)."""
         return tf.reduce_mean(tf.square(discounted_rewards - values))
 
     def train(self, run, n_thread, update_iter):
-        """Let threads learn until one has learned, or until all together have played enough."""
-        self.run = run                  # counts steps and records episodes
+        """Let threads learn until the last ten episodes of one average above 199 steps.
+
+        (Not as in the post, which always plays 2000 episodes. Here they are the most.)
+        """
+        self.run = run      # a common.Run: counts steps, records episodes, keeps the best weights
         agents = [Agent(i, self, update_iter) for i in range(n_thread)]
         try:
-            with common.one_core():             # only for speed
+            with common.one_core():             # faster, as Python runs one thread at a time
                 for agent in agents:
                     agent.start()               # returns at once; agent.run runs in a new thread
             while not self.stop.wait(.1):       # without a timeout, Windows ignores Ctrl-C
                 pass
         finally:
-            self.stop.set()
-            with common.uninterrupted():        # a second Ctrl-C would go on without them
+            with common.uninterrupted():        # a second Ctrl-C would not wait for them
+                self.stop.set()
                 for agent in agents:
                     if agent.is_alive():        # (after Ctrl-C some may not have started)
                         agent.join()
@@ -210,8 +215,8 @@ class Agent(threading.Thread):
         done = False
         while not done:
             # 2. Play: draw an action, 1 (to the right) with probability p, otherwise 0 (to the
-            #    left), and do it. The reward is gym's own, 1 for each step. The time limit counts
-            #    as an end like any other.
+            #    left), and do it. The reward is gym's own, 1 for each step. The time limit
+            #    (truncated) counts as an end like a fall (terminated), though nothing fell.
             p = a3c.actor_predict(state)
             action = int(self.rng.random() < p[0])
             next_state, reward, terminated, truncated, _ = self.env.step(action)
@@ -221,20 +226,20 @@ class Agent(threading.Thread):
             rewards.append(reward)
             steps += 1
 
-            # Not as in the post, which compares update_iter with the number of finished episodes.
-            # So there all threads train at every step while 9, 19, 29, … episodes are finished, and
-            # otherwise only at an episode's end.
+            # Not as in the post: its `step` here counts finished episodes. So all threads train at
+            # every step while this number is 9, 19, 29, …, and otherwise only at an episode's end.
             if steps % self.update_iter == 0 or done:
                 # Python may switch threads at any moment. Without the lock two threads could train
                 # at once, and one could erase a part of what the other has changed.
                 with a3c.lock:
-                    a3c.run.steps += len(rewards)
                     if a3c.stop.is_set():
                         return          # learning is over, and the weights are final
+                    a3c.run.steps += len(rewards)
                     self.train_episode(states, actions, rewards, next_state, done)
                     if done:
-                        weights = a3c.actor_weights + a3c.critic_weights
-                        if a3c.run.finish_episode(self.name, steps, weights):
+                        weights = a3c.actor_weights + a3c.critic_weights    # one list, 12 arrays
+                        is_over = a3c.run.finish_episode(self.name, steps, weights)
+                        if is_over:
                             a3c.stop.set()
                 # Each step is used once, as in the paper. (Not as in the post, which keeps all
                 # steps until the episode ends.)
@@ -246,8 +251,7 @@ class Agent(threading.Thread):
     def discount_reward(self, rewards, next_state, done):
         """Compute R of each step, (T,): R = r(t) + γ·r(t+1) + … + γ^k·V(next_state).
 
-        next_state is k steps later, after the last of these steps. If the episode has ended there,
-        the last term is missing. γ is GAMMA.
+        next_state follows the last of these steps; k is the number of steps until then.
         """
         # If the episode has ended, no more rewards come. Otherwise V(next_state) stands for them,
         # because it is the R that the critic expects there.
@@ -268,15 +272,14 @@ class Agent(threading.Thread):
         """Train both networks with these steps. The caller holds the lock.
 
         The actor's loss is right only while p is still the p with which the actions were drawn.
-        Here each of the other threads has usually trained once during these ten steps, which
-        changes p a little. (This is what step 1, the copy, would prevent.)
+        Here others may have trained during these ten steps, which changes p a little. Step 1, the
+        copy, would prevent this.
         """
         states = np.array(states, np.float32)                           # (T, 4)
         actions = np.array(actions, np.float32).reshape(-1, 1)          # (T, 1)
         discounted_rewards = self.discount_reward(rewards, next_state, done).reshape(-1, 1)
 
-        # How much better it went than the critic expected. This is data, computed in NumPy, so the
-        # actor's loss does not change the critic.
+        # How much more each action brought than the critic expected, before it is trained.
         values = self.a3c.critic_predict(states)
         advantages = discounted_rewards - values
 
@@ -302,7 +305,7 @@ def main(argv=None):
             a3c.train(run, N_THREAD, UPDATE_ITER)
 
     def act(weights, state):
-        p = a3c.actor_forward(weights[:6], state)
+        p = a3c.actor_forward(weights[:6], state)       # the actor's: three layers of two arrays
         return int(p[0] > .5)           # the more probable action
 
     return run.test(act)
