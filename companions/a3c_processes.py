@@ -8,9 +8,11 @@ processes share, and each process changes θ without a lock.
     python companions/a3c_processes.py      # learns within seconds; its films are then in
                                             # movie/a3c_processes
 
-This is the program of rarilurelo's post 「PyTorchでA3C」 (blog rarilureloの日記, 2017), with its
-repository of the same day, https://github.com/rarilurelo/pytorch_a3c/tree/c36074b. Read
-a3c_cartpole.py first: it explains actor, critic and advantage. Then look at these places:
+This redoes in Keras rarilurelo's post 「PyTorchでA3C」 (blog rarilureloの日記, 2017) and its
+repository of the same day, https://github.com/rarilurelo/pytorch_a3c/tree/c36074b. (In its
+afterword the author says that a policy that once breaks never recovers, and that synchronous
+updates are held to be better.) Read a3c_cartpole.py first: it explains actor, critic and advantage.
+Then look at these places:
 
     the loop of each process                        train
     the returns and the loss                        compute_returns, compute_loss
@@ -36,7 +38,7 @@ from multiprocessing import connection
 
 
 def quick_start():
-    """Start a server that imports TensorFlow now, while this process does so, too (Linux only).
+    """To save seconds, start a server that imports TensorFlow now, too (Linux only; skip this).
 
     Each process that learns is then a copy of the server. Return how processes are to be started.
     """
@@ -77,8 +79,8 @@ LR = 1.1e-3             # learning rate at the first step
 MAX_EPISODES = 20_000   # of all processes together; not in the post
 EPOCH = 10_000_000      # steps of all processes together, at most (these are no epochs of Keras)
 ALPHA = .99             # how much of its mean of squared gradients RMSProp keeps at each update
-EPS = .1                # keeps the divisors of RMSProp and of the returns, and the argument of the
-                        # entropy's logarithm, away from 0 (for these it is large)
+EPS = .1                # added to the divisors of RMSProp (there it is large) and of the returns,
+                        # and in the entropy's logarithm (large, too): never 0
 
 
 class Policy:
@@ -94,8 +96,8 @@ class Policy:
         p = self.linear(fc2, NUM_ACTIONS, "softmax")
         v = self.linear(fc2, 1, "linear")
         self.model = keras.Model(l_input, [p, v], name=NAME)
-        self.weights = self.model.get_weights()     # θ': kernel and bias of each of four layers
-        self.numpy_forward = common.numpy_forward(self.model)   # the same in NumPy: faster for one
+        self.weights = self.model.get_weights()     # θ'. (The model's own weights do not change.)
+        self.numpy_forward = common.numpy_forward(self.model)   # in NumPy: faster for one state
 
     @staticmethod
     def linear(x, size, activation):
@@ -122,9 +124,10 @@ class Policy:
 def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, global_t, sender):
     """Learn until all processes together have made EPOCH steps. Post: `train`.
 
-    `global_weights` is θ, and `global_t` (1,) counts the steps. Both are arrays in shared memory.
-    Through the pipe `sender` the main process hears of each episode. Usually it ends all processes
-    much earlier, because one has learned (not as in the post).
+    `global_weights`, θ (the post's `global_policy`), and `global_t` (1,), the number of steps, are
+    arrays in shared memory. Through the pipe `sender` the main process hears of each episode.
+    Usually it ends all much earlier, when the last ten episodes of one process average above 199
+    steps (not as in the post).
     """
     o, _ = env.reset()
     sum_rewards = 0
@@ -136,7 +139,7 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
         observations = []
         actions = []
         rewards = []
-        R = 0       # it stays 0 if the pole falls or, as in the post, if the time is up
+        R = 0       # it stays 0 at a fall and, wrongly, as in the post, at the time limit
         for _ in range(LOCAL_T_MAX):
             # `+=` changes the array itself, so all processes see it. No lock: see AsyncRMSprop.
             global_t += 1
@@ -164,8 +167,8 @@ def train(rng, global_weights, local_policy, compute_gradients, optimizer, env, 
             [tf.constant(w) for w in local_policy.weights], tf.constant(np.array(observations)),
             tf.constant(actions), tf.constant(returns))
 
-        # 5. Change θ, for all processes. The learning rate falls from LR to 0 at the last step. (In
-        #    a usual run, of 70 000 steps, it falls by less than 1 %.)
+        # 5. Change θ, for all processes. The learning rate falls from LR to 0 (the post's even
+        #    below 0); in a usual run, of 70 000 steps, it falls by less than 1 %.
         new_lr = max(0, EPOCH - int(global_t[0])) / EPOCH * LR
         optimizer.step(new_lr, [gradient.numpy() for gradient in gradients])
 
@@ -181,19 +184,20 @@ def compute_returns(rewards, R):
         returns.insert(0, R)
     returns = np.array(returns, np.float32)
 
-    # Normalise: to a mean of 0 and a standard deviation near 1 (ddof=1: PyTorch's). This mixes two
-    # units. V learns normalised returns, so R, which is a V, is a number near 0. But in the loop
-    # above it stands for later rewards that are not normalised; their sum may be near 80 here. So
-    # even if the pole stands well, the end of a rollout looks nearly like the end of the episode.
-    # It learns nevertheless, because real ends come with shorter rollouts, whose returns do depend
-    # on the actions. (The author took the normalisation out later.)
+    # Normalise: to a mean of 0 and a standard deviation near 1 (ddof=1: PyTorch's). This has two
+    # faults. The level is lost: early steps of any rollout get positive returns, late ones negative
+    # ones, however well it went. And it mixes two units: V learns normalised returns, so R, a V, is
+    # near 0, but stands above for later rewards that are not normalised, whose sum may be near 80.
+    # So the end of a rollout looks nearly like the end of the episode. (Presumably it learns by the
+    # rollouts that end with a fall: there an action that brings the fall nearer lowers its return.
+    # The author took the normalisation out later.)
     if len(returns) > 1:        # (one number has no deviation)
         returns = (returns - returns.mean()) / (returns.std(ddof=1) + EPS)
     return returns
 
 
 def compile_gradients(model):
-    """Compile a static graph of the gradients of the loss, once for any length T of a rollout."""
+    """Compile a static graph of the loss's gradients for any T. (The post's is dynamic.)"""
 
     def gradients(weights, observations, actions, returns):
         with tf.GradientTape() as tape:     # records what is computed, to find its gradients
@@ -213,8 +217,8 @@ def compute_loss(p, v, actions, returns):
     advantage = returns - v     # how much the normalised return exceeds V
 
     # The actor: make actions with a positive advantage more probable, others less. The advantage
-    # is a constant here. (The post's `a.reinforce(x)`, gone since 2017, adds the gradient of
-    # -x·log p. See the main file's loss_total.)
+    # is a constant here. A drawn action has no derivative, so REINFORCE takes that of log p: the
+    # post's `a.reinforce(x)` adds the gradient of -x·log p. (Why log: see a3c_cartpole.py.)
     p_action = tf.gather(p, actions, axis=1, batch_dims=1)      # p of the action that was chosen
     log_prob = tf.math.log(p_action + 1e-10)                    # 1e-10: never log 0
     policy_loss = -tf.reduce_sum(log_prob * tf.stop_gradient(advantage))
@@ -222,8 +226,8 @@ def compute_loss(p, v, actions, returns):
     # The critic: move V towards the return.
     v_loss = .5 * V_LOSS_COEFF * tf.reduce_sum(tf.square(advantage))
 
-    # Minus the entropy, Σ p·log p (but for EPS). To make it small works against a p near 0 or 1.
-    # (It is the post's `entropy`.)
+    # Minus the entropy, Σ p·log p (but for EPS). Its minimum is at p = ½, so it works against a p
+    # near 0 or 1. (The post calls it `entropy`.)
     minus_entropy = ENTROPY_BETA * tf.reduce_sum(p * tf.math.log(p + EPS))
 
     return policy_loss + v_loss + minus_entropy
@@ -254,15 +258,16 @@ class AsyncRMSprop:
 def as_arrays(memory, policy):
     """Show RawArrays as NumPy arrays, without a copy: what one process writes, all others read.
 
-    PyTorch's `share_memory` does both parts. The post describes this older way first.
+    Each process must do so itself: an array that is sent to it would be a copy. (The post describes
+    this way first, calls it bothersome, and lets PyTorch's `share_memory` do all of it.)
     """
     return [np.frombuffer(m, np.float32).reshape(w.shape) for m, w in zip(memory, policy.weights)]
 
 
 def learn(policy, num_process, seed, run):
-    """Let processes learn until one has learned, one has crashed, or all have made EPOCH steps.
+    """Let processes learn until the rule is met, one has crashed, or all have made EPOCH steps.
 
-    `policy` gives the first θ. `run`, a common.Run, records episodes and says when one has learned.
+    `policy` gives the first θ. `run`, a common.Run, records episodes and applies the rule.
     """
     # The memory that all processes share: θ, RMSProp's mean squares (from 0), the count of steps.
     shared_weights = [mp.RawArray("f", w.ravel()) for w in policy.weights]

@@ -24,7 +24,8 @@ answered. One update, with the numbers of the main file:
     9. LocalBrain takes this θ: θ' ← θ
 
 It is still asynchronous: a worker waits for the server's answer, not for the steps of others. The
-more workers, the older the gradients: with 64, about 63 updates of others come in between.
+more workers, the older the gradients: with 64, about 63 updates by others come between copy and
+update. (Tried here with 2 and 8 workers only.)
 
 Words of Ray: an actor is a process that holds one object and runs its methods when other processes
 call them. (It is not the actor of Actor-Critic.) Here the server is an actor, and so is each
@@ -67,10 +68,10 @@ def learn(run, names, args, learning_rate):
 
     `run`, a common.Run, has the driver's list of episodes, the bars, and the weights to keep.
     """
-    # M0. Start the server's process. `ray.remote` makes a class of actors of Server, and
+    # M0. Start the server's process. `ray.remote(...)(Server)` is a class of actors, and
     #     `server_class.remote` starts one in a process. It runs on the machine to which the driver
-    #     connects, so that it is not lost with another one. num_cpus=0: it starts even if other
-    #     programs have taken all CPUs of the cluster. (Ray counts CPUs, but binds no cores.)
+    #     connects: no other's loss ends the run. num_cpus=0: it starts even if other programs have
+    #     taken all CPUs of the cluster. (Ray counts CPUs, but binds no cores.)
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False)
     server_class = ray.remote(num_cpus=0, scheduling_strategy=here)(Server)
@@ -90,11 +91,11 @@ def learn(run, names, args, learning_rate):
     is_over = False
     while playing and not is_over:
         ended, _ = ray.wait(list(playing), timeout=.2)      # until a worker has ended, or .2 s
-        is_over = take_news(server, run)        # fails if the server is lost (see `main`)
+        is_over = take_news(server, run)        # after `wait`; fails if the server is lost
         for reference in ended:
             name = playing.pop(reference)
             try:
-                ray.get(reference)              # fails if the worker is lost
+                ray.get(reference)              # raises the worker's error, or that it is lost
             except lost_errors() as error:
                 common.say(f"{name} is lost: {reason(error)}")
 
@@ -112,12 +113,12 @@ def learn(run, names, args, learning_rate):
 def take_news(server, run):
     """Ask the server for the episodes that the driver does not know. Return whether it has stopped.
 
-    `run` applies the workers' rule again, so both agree. It also averages the θ that it sees here
-    after the last ten episodes, in case the winner is lost.
+    `run` applies the workers' rule again. With each episode it keeps the θ of this answer; the mean
+    of ten stands in for a lost winner's.
     """
     (weights, frames, stop), episodes = ray.get(server.news.remote(len(run.history)))
     if frames == 0:
-        run.start_clock()       # so it starts with the first update
+        run.start_clock()       # again and again, until the first update
     for e in episodes:
         run.steps = e.total_steps
         run.finish_episode(e.worker, e.steps, weights)
@@ -167,13 +168,13 @@ class RemoteServer(a3c.ParameterServer):
     """
 
     def __init__(self, server, seed):
-        super().__init__(seed)      # for `seed`, `stop` and `compiled_gradients`; its θ is not used
+        super().__init__(seed)      # for `seed`, `stop`, `is_learned` and `compiled_gradients`
         self.server = server        # the handle of the server's actor
         self.steps_since_update = 0
         self.take(ray.get(self.server.answer.remote()))     # 1. the first θ
 
     def apply_gradients(self, gradients):
-        """7. Send gradients to the server, and get θ as it is after the update."""
+        """7. Send gradients to the server, which applies them, and get its θ."""
         answer = ray.get(self.server.update.remote(gradients, self.steps_since_update))
         self.steps_since_update = 0
         self.take(answer)
@@ -195,12 +196,12 @@ class RemoteServer(a3c.ParameterServer):
     def record(self, episode, has_learned):
         """Let the server record an episode. Return True if this worker is the winner.
 
-        Environment.finish_episode then calls push_parameter_server, which puts the mean of the last
-        ten θ' into `self.weights`. Worker.run returns it. `is_learned` is true only for the winner.
+        Environment.finish_episode then puts the mean of the last ten θ' here, not on the server.
+        Worker.run returns it to the driver. `is_learned` is true only for the winner.
         """
         self.is_learned = ray.get(self.server.record.remote(episode, has_learned))
         if self.is_learned:
-            self.stop.set()         # no more answers, which would replace these weights
+            self.stop.set()         # so it ends, and no answer replaces these weights
         return self.is_learned
 
 
@@ -285,7 +286,7 @@ def main(argv=None):
             with run:
                 learn(run, names, args, learning_rate)
         except lost_errors() as error:
-            sys.exit(f"error: the server is lost, and with it the run: {reason(error)}")
+            sys.exit(f"error: the server is lost, so the run ends: {reason(error)}")
         finally:
             with common.uninterrupted():        # otherwise a second Ctrl-C could leave processes
                 ray.shutdown()

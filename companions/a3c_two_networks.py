@@ -1,18 +1,19 @@
 """A3C (Asynchronous Advantage Actor-Critic) with two networks that four threads share.
 
-Four threads each play a CartPole of their own, because their data are then unrelated, and a network
-learns better from such data. The actor computes p, the probability of a push to the right. The
-critic computes V(s), the discounted sum of the rewards to expect from the state s on. The advantage
-of an action is R - V(s): how much more it brought than the critic expected. Every ten steps and at
-the end of an episode, a thread trains both networks with its new steps. Asynchronous: a thread does
-not wait until others have played, only until another has trained.
+Four threads each play a CartPole of their own, so that one update is less like the next. This is in
+place of a replay memory, from which other methods learn old steps in random order. The actor
+computes p, the probability of a push to the right. The critic computes V(s), the discounted sum of
+the rewards to expect from the state s on. The advantage of an action is R - V(s): how much more it
+brought than the critic expected. Every ten steps and at the end of an episode, a thread trains both
+networks with its new steps. Asynchronous: a thread does not wait until others have played, only
+until another has trained.
 
     python companions/a3c_two_networks.py   # learns in about 300 episodes, within seconds; its
                                             # films are then in movie/a3c_two_networks
 
 This is the program of a post by xiaochus, 「Keras深度强化学习--A3C实现」, for today's libraries.
 The code is A3C_sparse.py in https://github.com/xiaochus/Deep-Reinforcement-Learning-Practice. The
-post's classes and methods keep their names and order, except load and save. Look at these places:
+post's classes and methods keep their names and order; load and save are gone. Look at these places:
 
     how a thread plays, and when it trains      Agent.run_episode
     what the critic learns                      Agent.discount_reward, A3C.critic_loss
@@ -22,7 +23,8 @@ The post's list (算法原理) has four steps: 1. copy the shared network, 2. pl
 gradients, 4. change the shared network by them. Its program leaves out step 1, and so each thread
 trains the shared networks directly. The post's reason: the data of the threads are unrelated (互相
 不相关). (This is rather the reason why there is no replay memory. The copy would keep p unchanged
-while a thread plays: see Agent.train_episode.) A lock lets only one thread at a time do 3 and 4.
+while a thread plays: see Agent.train_episode.) A lock, which the paper does not have, lets only one
+thread at a time do 3 and 4.
 
 Symbols: p, the probability of a push to the right. R (in the code discounted_rewards): the return,
 the discounted sum of the rewards from a step on. T: the number of steps of an update, at most 10.
@@ -99,8 +101,8 @@ class A3C:
     def _build_optimizer(self):
         """Make the functions that train the actor and the critic.
 
-        Each takes one step of Adam, and returns the new weights (faster than get_weights). The
-        post needs K.function, a session and a graph (问题2, 问题3) for this. TensorFlow compiles
+        Each lets Adam change the weights once, and returns them (faster than get_weights). The post
+        needs K.function, a session and a graph (问题2, 问题3) for this. TensorFlow compiles
         the functions at their first call, which is made under the lock.
         """
         actor_optimizer = keras.optimizers.Adam(ACTOR_LR)
@@ -136,18 +138,18 @@ class A3C:
         """
         # Binary cross-entropy is -log of the probability of the action: -log p if it is 1, and
         # -log(1 - p) if it is 0. Why the logarithm? A rare action is drawn rarely, so each draw
-        # must count more. The logarithm does this: the slope of log p is 1/p times that of p.
+        # must count more. The logarithm does this: its slope at a probability q is 1/q.
         cross_entropy = keras.ops.binary_crossentropy(actions, p)
 
         # Each action is multiplied by its own advantage: (T, 1) times (T, 1) is (T, 1). Not as in
         # the post, where K.flatten makes the advantages (T,). Then broadcasting makes a table
         # (T, T), each action times each advantage. Its mean is the mean cross-entropy times the
-        # mean advantage: all actions of an update get the same factor.
+        # mean advantage: good and bad actions get the same factor.
         policy_loss = tf.reduce_mean(cross_entropy * advantages)
 
         # The entropy is large if both actions are about equally probable. It is subtracted, because
         # an optimizer makes a loss small. This works against a p near 0 or 1. (Not as in the post:
-        # its entropy lacks the second term, and has the other sign, which makes p more extreme.)
+        # the second term is missing there, and the wrong sign makes p more extreme.)
         entropy = -p * tf.math.log(p + 1e-10) - (1 - p) * tf.math.log(1 - p + 1e-10)
         return policy_loss - ENTROPY * tf.reduce_mean(entropy)
 
@@ -157,14 +159,14 @@ class A3C:
         return tf.reduce_mean(tf.square(discounted_rewards - values))
 
     def train(self, run, n_thread, update_iter):
-        """Let threads learn until the last ten episodes of one average above 199 steps.
+        """Let threads learn until a thread's last ten episodes average above 199 steps.
 
-        (Not as in the post, which always plays 2000 episodes. Here they are the most.)
+        (Not as in the post, which stops after 2000 episodes. Here this is the limit.)
         """
-        self.run = run      # a common.Run: counts steps, records episodes, keeps the best weights
+        self.run = run      # a common.Run: episodes, and the best weights (the post's: the last)
         agents = [Agent(i, self, update_iter) for i in range(n_thread)]
         try:
-            with common.one_core():             # faster, as Python runs one thread at a time
+            with common.one_core():             # faster: only one thread at a time runs anyway
                 for agent in agents:
                     agent.start()               # returns at once; agent.run runs in a new thread
             while not self.stop.wait(.1):       # without a timeout, Windows ignores Ctrl-C
@@ -215,8 +217,8 @@ class Agent(threading.Thread):
         done = False
         while not done:
             # 2. Play: draw an action, 1 (to the right) with probability p, otherwise 0 (to the
-            #    left), and do it. The reward is gym's own, 1 for each step. The time limit
-            #    (truncated) counts as an end like a fall (terminated), though nothing fell.
+            #    left), and do it. The reward is gym's own, 1 for each step. As in the post, the
+            #    time limit (truncated) counts as an end, like a fall (terminated).
             p = a3c.actor_predict(state)
             action = int(self.rng.random() < p[0])
             next_state, reward, terminated, truncated, _ = self.env.step(action)
@@ -226,8 +228,8 @@ class Agent(threading.Thread):
             rewards.append(reward)
             steps += 1
 
-            # Not as in the post: its `step` here counts finished episodes. So all threads train at
-            # every step while this number is 9, 19, 29, …, and otherwise only at an episode's end.
+            # Not as in the post: its `step` counts finished episodes. So it trains mostly at an
+            # episode's end only, but at every step while this number is 9, 19, 29, …
             if steps % self.update_iter == 0 or done:
                 # Python may switch threads at any moment. Without the lock two threads could train
                 # at once, and one could erase a part of what the other has changed.
@@ -253,7 +255,7 @@ class Agent(threading.Thread):
 
         next_state follows the last of these steps; k is the number of steps until then.
         """
-        # If the episode has ended, no more rewards come. Otherwise V(next_state) stands for them,
+        # After an episode's end no rewards are counted. Otherwise V(next_state) stands for them,
         # because it is the R that the critic expects there.
         if done:
             cumulative = 0.
@@ -272,8 +274,8 @@ class Agent(threading.Thread):
         """Train both networks with these steps. The caller holds the lock.
 
         The actor's loss is right only while p is still the p with which the actions were drawn.
-        Here others may have trained during these ten steps, which changes p a little. Step 1, the
-        copy, would prevent this.
+        Here others may have trained since then, which changes p a little. A copy would keep p, but
+        its gradients would then change weights that have moved on: see a3c_cartpole.py.
         """
         states = np.array(states, np.float32)                           # (T, 4)
         actions = np.array(actions, np.float32).reshape(-1, 1)          # (T, 1)

@@ -2,14 +2,15 @@
 
 DQN is the deep Q-network: Q-learning with a network in the place of the Q-table. It learns Q(s, a):
 the sum of the rewards to come, later ones counting less, if the agent takes the action a after the
-states s, and the best ones afterwards. It learns from steps that are drawn at random from a memory.
-The targets, which Q is trained to approach, come from an older copy of the network, the target
-network.
+states s, and then always the best action. It learns from steps that are drawn at random from a
+memory. The targets, which Q is trained to approach, come from an older copy of the network, the
+target network.
 
     python companions/dqn_cartpole.py   # one to two minutes; films: movie/dqn_cartpole
 
-About half of the runs end with "not learned": in the post's 400 episodes no ten in a row had a mean
-above 499 steps. (The post has no such rule.) They are tested and filmed, too, and mostly play well.
+Learning ends when ten successive episodes have a mean above 499 steps (not as in the post). About
+half of the runs do not get there in the post's 400 episodes and end with "not learned". They are
+tested and filmed, too, and mostly play well.
 
 This is the program of a post by 林 of DATUM STUDIO, for today's libraries:
 「【Pythonで再現】DeepMindのDQNアルゴリズムを再現してみた」
@@ -29,8 +30,8 @@ s'           the history one step after s
 γ            the factor by which a reward counts less for each step that it comes later
 Q(s, a)      the output of the network for the action a; Q̂(s, a): that of the target network
 
-The post has two Keras networks, Q and target_Q. Here each is a list of weights, for which NumPy
-computes the outputs, which is faster: `Q` those of `model` now, `target_Q` older ones.
+The post has two Keras networks, Q and target_Q. Here each is a list of weights: `Q` holds those of
+`model` now, `target_Q` older ones. NumPy computes the outputs, which is faster.
 """
 import collections
 import random
@@ -50,7 +51,7 @@ NUM_ACTIONS = 2         # 0 pushes the cart to the left, 1 to the right
 N_EPISODES = 400        # episodes, at most
 GAMMA = .99             # γ
 AGENT_HIST_LEN = 4      # states in a history. The paper takes four images, as one shows no motion.
-                        # A state of CartPole contains velocities, so one should do.
+                        # States of CartPole contain velocities, so one may be enough.
 C = 100                 # the target network is renewed at the steps 0, C, 2·C, ... of each episode
 
 # -- constants of the replay memory
@@ -128,9 +129,9 @@ class DQN:
         `terminated` marks a fall, where the post stores None as the new state. If the memory is
         full, the oldest step is forgotten.
         """
-        # Not as in the post: the time limit is no end, as the pole still stands. The post gives its
-        # last step the target 1 (see _get_samples). Earlier in an episode a similar history may
-        # have a target near 100, and the network sees no clock, so it would learn something in
+        # Not as in the post: step 500 does not count as a fall, as the pole still stands. The post
+        # gives it the target 1 (see _get_samples), though a similar history earlier in an episode
+        # may have a target near 100. The network sees no clock, so it would learn something in
         # between.
         self.memory.append((np.concatenate(agent_hist), action, reward, new_state, terminated))
 
@@ -191,14 +192,14 @@ class DQN:
     def _replay(self):
         """Draw 32 samples, and let the network learn them one after another.
 
-        Each is an update, as the post's train_on_batch. In the paper all 32 make a single one.
+        As in the post, each sample is one update. In the paper all 32 together make one.
         """
         agent_hists, Y = self._get_samples()
         weights = self._train(tf.constant(agent_hists), tf.constant(Y))
         self.Q = [weight.numpy() for weight in weights]     # (model.get_weights() takes longer)
 
-    # XLA compiles the 32 updates, which makes them more than twice as fast as without it.
-    # autograph=False: it would read this file again, which may have been edited meanwhile.
+    # The post's `Q.train_on_batch` of each sample. XLA compiles the 32 updates, which is more than
+    # twice as fast. (autograph would read this file again, perhaps after an edit.)
     @tf.function(jit_compile=True, autograph=False)
     def _train(self, agent_hists, Y):
         """Move Q towards the targets, one sample after another. Return the new weights."""
@@ -221,13 +222,14 @@ class DQN:
     def learn(self, run):
         """Play episodes, and learn at each step. Paper: Algorithm 1.
 
-        `run` counts and shows the episodes, and ends learning after N_EPISODES or before.
+        `run`, a common.Run, counts and shows the episodes. It ends learning after N_EPISODES, as
+        the post's `for`, or sooner (see the top).
         """
         while True:
             state, _ = self.env.reset()
             agent_hist = collections.deque([state], maxlen=AGENT_HIST_LEN)
             for step in range(MAX_STEPS):
-                # Choose an action, at random until there are four states.
+                # Choose an action. The first three of each episode are random.
                 if len(agent_hist) < AGENT_HIST_LEN:
                     action = self._get_action()
                 else:
@@ -244,7 +246,7 @@ class DQN:
 
                 # Renew the target network. If Q itself were in the targets, an update that raises
                 # Q(s, a) would often raise Q(s', a') and so its own target, too, and both could
-                # grow without end. `step` starts again at 0 in each episode, so each episode begins
+                # grow without end. As in the post, `step` restarts at 0, so each episode begins
                 # with a renewal, and short ones (up to C steps) have no other. In the paper the
                 # count goes on across episodes.
                 if step % C == 0:
@@ -255,8 +257,8 @@ class DQN:
                 agent_hist.append(new_state)
 
             # The score of an episode is its steps, as each gives the reward 1. (Not as in the post,
-            # which keeps the last target network: `run` keeps the mean of the weights of ten, after
-            # the ten best successive episodes. And learning may end early.)
+            # which keeps the last target network: `run` averages the weights of ten of them, one
+            # from the end of each of the ten best successive episodes.)
             if run.finish_episode("agent", step + 1, self.target_Q):
                 return
 

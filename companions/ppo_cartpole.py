@@ -1,6 +1,6 @@
 """PPO on CartPole, with one network for the policy and the value: Keras and TensorFlow, on the CPU.
 
-PPO is Proximal Policy Optimization: the new policy stays near the old one. Like A3C (see
+PPO is Proximal Policy Optimization: it tries to stay near the old policy. Like A3C (see
 a3c_cartpole.py), it makes an action more probable if it was better than expected, and otherwise
 less probable. But A3C takes only one step of the optimizer for each batch of samples; PPO takes
 many, here up to 80 for each episode, which could change the policy too far. The clip makes this
@@ -27,7 +27,7 @@ s, a, r     state, action, reward
 R           the return, the discounted sum of the rewards from a step to the end
 V(s)        the value: the R that the network expects from s on
 A           the advantage: how much better than expected an action turned out
-kl          the mean of log π(a|s) - log π_old(a|s), the post's measure of how far π has moved
+kl          the mean of log π(a|s) - log π_old(a|s), which the post takes as a distance of π
 T           in shapes, the number of steps of the episode
 """
 import random
@@ -59,15 +59,15 @@ MAX_EPISODES = 500      # at most; it has mostly learned after 200 to 350
 LEARNING_RATE = 1e-4    # of Adam
 TRAIN_ITERS = 80        # steps of Adam for one episode, at most
 CLIP_RATIO = .2         # ε of the paper: the clip is at 0.8 and 1.2, see Agent.train_step
-V_LOSS_C = .9           # coefficient of the value loss, see PVNet
+V_LOSS_C = .9           # coefficient of the value loss, which weighs it against pi_loss
 ENT_C = 1e-3            # coefficient of the entropy, which keeps π from becoming 0 or 1 too early
-TARGET_KL = .01         # they end if kl is above 1.5 times this, see Agent.update
+TARGET_KL = .01         # the steps of Adam end if kl > 1.5 times this, see Agent.update
 
 
 class PVNet(keras.Model):
     """The network: s (T, 4) → π of each action (T, 2) and V(s) (T, 1). Post: 「学習モデル」.
 
-    The gradients of both losses change the two shared layers. V_LOSS_C balances them.
+    The gradients of the losses of both outputs change the two shared layers.
     """
 
     def __init__(self):
@@ -131,7 +131,7 @@ class Memory:
         on V, which may still be wrong. With λ = 1, A is R - V(s): it depends on which actions
         happened to be drawn later. λ = .95 is in between.
         """
-        # After the end, V, R and A count as 0, even after the time limit.
+        # V, R and A count as 0 after the end, be it a fall or step 200.
         value_lst = np.append(self.value_lst, 0)
         last_return = 0
         last_delta = 0
@@ -153,8 +153,8 @@ class Memory:
         The advantages are standardized (標準化): their mean becomes 0, their variance 1. From here
         on, "better" means an A above the mean A of this episode.
         """
-        # PyTorch's standard deviation divides by T - 1: ddof=1. (Not in the post: with one step it
-        # is 0, as 0/0 would turn all weights into NaN.)
+        # PyTorch's standard deviation divides by T - 1: ddof=1. (Not in the post: an episode of one
+        # step has the deviation 0, because 0/0 would turn all weights into NaN.)
         advantage = self.advantage_lst
         std = advantage.std(ddof=1) if len(advantage) > 1 else 0
         advantage = (advantage - advantage.mean()) / (std + ADV_EPS)
@@ -178,12 +178,12 @@ class Agent:
         self.optimizer.build(model.trainable_variables)
 
     def get_action(self, weights, state):
-        """Draw an action for a state (4,). Return it with V(s) and log π(a|s)."""
+        """Draw a for a state (4,), like the post's Categorical. Return a, V(s) and log π(a|s)."""
         pi, value = self.forward(weights, state)        # the post's evaluation mode, model.eval()
         action = random.choices(range(NUM_ACTIONS), pi.tolist())[0]
         return action, value[0], np.log(pi[action])
 
-    # autograph=False: it would read this file again, which may have been edited meanwhile.
+    # (autograph would read this file again, perhaps after an edit.)
     @tf.function(reduce_retracing=True, autograph=False)    # not compiled anew for each length T
     def update(self, *batch):
         """Learn from one episode: take up to TRAIN_ITERS steps of Adam, each with the whole of it.
@@ -195,22 +195,22 @@ class Agent:
                 if kl > 1.5 * TARGET_KL:
                     break
 
-        It is written as a loop of TensorFlow, which takes less than half the time. The rule is the
-        post's, and weak: -kl estimates the Kullback-Leibler divergence, so a π far away can have a
-        kl below 0 and pass. Dropout, on only in the new log π, adds chance.
+        It is written as a loop of TensorFlow, which takes half the time. The rule is the post's,
+        but with the wrong sign: -kl estimates the Kullback-Leibler divergence. So the farther π
+        moves, the lower kl tends to be. Dropout, on only in the new log π, adds chance.
         """
         tf.while_loop(
             cond=lambda kl: kl <= 1.5 * TARGET_KL,          # go on as long as this is true
             body=lambda kl: self.train_step(*batch),        # do this, which gives the next kl
-            loop_vars=[0.],                                 # the kl before the first step
+            loop_vars=[0.],                                 # so that it begins
             maximum_iterations=TRAIN_ITERS)
 
     def train_step(self, state, action, log_pi, returns, advantage):
-        """Take one step of Adam, with minus the paper's equation 9 as loss. Return kl before it."""
+        """Take one step of Adam on the loss, minus the paper's equation 9. Return kl before it."""
         with tf.GradientTape() as tape:     # records what is computed, to find its gradients
             pi, value = self.model(state, training=True)    # with dropout; post: model.train()
             pi_of_action = tf.gather(pi, action, axis=1, batch_dims=1)      # (T,): π(a|s)
-            new_log_pi = tf.math.log(pi_of_action + 1e-10)      # (not in the post: never log 0)
+            new_log_pi = tf.math.log(pi_of_action + 1e-10)      # 1e-10: never log 0
 
             # How probable is the action now, relative to when it was played? π_old drew it. If the
             # new π would draw it twice as often, its A must count twice: ratio 2. (At ratio 1 the
@@ -221,24 +221,25 @@ class Agent:
             clip_adv = tf.where(advantage >= 0, 1 + CLIP_RATIO, 1 - CLIP_RATIO) * advantage
 
             # To make the loss small, the optimizer makes the minimum of ratio·A and clip_adv large.
-            # So good actions become more probable, bad ones less. With ε = CLIP_RATIO, it is
+            # So good actions become more probable, bad ones less. With ε, this minimum is
             #
             #             ratio < 1 - ε     in between    ratio > 1 + ε
             #     A > 0   ratio·A           ratio·A       (1 + ε)·A       a good action
             #     A < 0   (1 - ε)·A         ratio·A       ratio·A         a bad action
             #
-            # (1 + ε)·A and (1 - ε)·A do not depend on the network, so their gradient is 0: the
-            # probability has changed enough. In the top left and bottom right it has changed in the
-            # wrong direction, and the gradient leads it back. (The paper's equation 7 is the same.)
+            # (1 + ε)·A and (1 - ε)·A do not depend on the network, so their gradient is 0: no more
+            # gain. (So the ratio is not limited, as the post says: other samples may move it on.)
+            # In the top left and bottom right it has moved in the wrong direction, and the gradient
+            # leads it back. (The paper's equation 7 is the same.)
             pi_loss = -tf.reduce_mean(tf.minimum(ratio * advantage, clip_adv))
 
             # V(s) moves towards R. (Not as in the post's code, which subtracts (T, 1) from (T,).
             # PyTorch then subtracts all from all, (T, T), so each V(s) moves to the mean of all R.)
             v_loss = V_LOSS_C * tf.reduce_mean(tf.square(returns - value[:, 0]))
 
-            # The entropy, -Σ π·log π, is large if both actions are about equally probable. The
-            # loss contains it with a minus, as in the paper, to keep it large. (The post adds it.)
-            entropy = -ENT_C * tf.reduce_mean(tf.reduce_sum(pi * tf.math.log(pi + 1e-10), axis=1))
+            # The entropy is large if both actions are about equally probable. The loss subtracts
+            # it, as in the paper, to keep it large. (Not as in the post, which adds it.)
+            entropy = ENT_C * tf.reduce_mean(tf.reduce_sum(-pi * tf.math.log(pi + 1e-10), axis=1))
 
             total_loss = pi_loss + v_loss - entropy
         kl = tf.reduce_mean(new_log_pi - log_pi)
@@ -248,7 +249,7 @@ class Agent:
 
 
 def reward_modify(step, done):
-    """Return the post's reward for a step, counted from 0. (gym's, always 1, did not work well.)"""
+    """Return the post's reward for a step, counted from 0. (It found gym's, always 1, no good.)"""
     if not done:
         return 0
     if step + 1 >= GOOD_STEPS:
@@ -259,7 +260,8 @@ def reward_modify(step, done):
 def learning_loop(agent, run, seed):
     """Play episodes, and learn from each. Post: 「学習ループ」.
 
-    `run` counts and shows them, and ends learning after MAX_EPISODES or before (the post: never).
+    `run`, a common.Run, counts and shows them. It ends learning after MAX_EPISODES, as the post's
+    `for`, or sooner (not as in the post).
     """
     env = gym.make(ENV)
     env.reset(seed=seed)                    # seeds all later resets, too
@@ -282,8 +284,8 @@ def learning_loop(agent, run, seed):
         if run.finish_episode("agent", step, weights):
             return
 
-        # 2. Learn from the episode, and forget it: PPO needs samples of its own π. (So the ring
-        # buffer that the post wishes for would not fit.)
+        # 2. Learn from the episode, and forget it: PPO needs samples of its own π. (So a ring
+        # buffer, of which the post thinks, would hardly fit.)
         memory.finish_path()
         agent.update(*memory.get_batch())
 

@@ -1,8 +1,12 @@
 """What the tests share: samples, a network in NumPy, an environment, Python processes, films."""
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,7 +15,11 @@ FOLDERS = [str(ROOT), str(ROOT / "companions")]
 sys.path[:0] = FOLDERS
 GIVEN = dict(os.environ)  # before the program's import adds to it
 
-import a3c_cartpole as a3c  # noqa: E402
+HANDLERS = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+with contextlib.redirect_stdout(io.StringIO()) as PRINTED_AT_IMPORT:
+    import a3c_cartpole as a3c
+HANDLERS_AFTER = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+THREADS_AFTER = [thread.name for thread in threading.enumerate()]
 
 import imageio_ffmpeg  # noqa: E402
 import numpy as np  # noqa: E402

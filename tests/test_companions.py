@@ -21,10 +21,10 @@ from conftest import ROOT, frames_of, start_python
 
 SUMMARY = re.compile(r"not learned in (\d+\.\d) s: (\d+) steps, (\d+) episodes, (\d+) workers,"
                      r" (\d+) steps/s")
+# Of a3c_ray, whose start takes long, test_ray.py proves the same.
 PROGRAMS = {"ppo_cartpole": [], "dqn_cartpole": [], "a3c_two_networks": [],
-            "a3c_processes": ["--num-process", "2"], "a3c_ray": ["--workers", "2"]}
-WORKERS = {"ppo_cartpole": 1, "dqn_cartpole": 1, "a3c_two_networks": 4, "a3c_processes": 2,
-           "a3c_ray": 2}
+            "a3c_processes": ["--num-process", "2"]}
+WORKERS = {"ppo_cartpole": 1, "dqn_cartpole": 1, "a3c_two_networks": 4, "a3c_processes": 2}
 
 
 def run_main(name, out, *arguments):
@@ -32,7 +32,7 @@ def run_main(name, out, *arguments):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         status = importlib.import_module(name).main(
-            [*PROGRAMS[name], "--no-render", "--out", str(out), *map(str, arguments)])
+            [*PROGRAMS.get(name, []), "--no-render", "--out", str(out), *map(str, arguments)])
     return status, printed.getvalue()
 
 
@@ -62,13 +62,10 @@ def short_run(tmp_path_factory):
     numpy_forward = common.numpy_forward
 
     def run(name):
-        if name == "a3c_ray":
-            pytest.importorskip("ray", reason="Ray is not installed")
         if name not in runs:
             models = []
             folder = tmp_path_factory.mktemp(name)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))   # for Ray's processes
                 patch.setattr(common, "numpy_forward",
                               lambda model: models.append(model) or numpy_forward(model))
                 status, printed = run_main(name, folder, "--seed", 5, "--max-episodes", 2,
@@ -138,7 +135,7 @@ def test_play_refuses_weights_of_another_program_in_one_line(short_run, tmp_path
 
 @pytest.mark.parametrize("arguments", [
     ["--max-episodes", "0"], ["--seed", "x"], ["--no-such", "3"], ["--play", "nowhere.weights.h5"]])
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", [*PROGRAMS, "a3c_ray"])
 def test_bad_argument_is_refused_in_one_line_that_names_it_before_a_folder_is_made(
         tmp_path, capsys, name, arguments):
     assert arguments[0] in assert_refused(capsys, name, tmp_path / "out", *arguments)
@@ -172,17 +169,15 @@ def session_of(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("name, number", [
-    ("a3c_two_networks", signal.SIGTERM), ("a3c_processes", signal.SIGINT)])
-def test_three_signals_in_a_row_end_a_program_and_its_children_with_130(tmp_path, name, number):
+def test_three_signals_in_a_row_end_a_program_and_its_children_with_130(tmp_path):
     # As from a terminal: the program is the first of a session, and all of it gets the signals.
     code = "import os, sys; os.setsid(); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    process = start_python("-c", code, "-u", ROOT / "companions" / f"{name}.py", *PROGRAMS[name],
-                           "--out", "out", cwd=tmp_path)
+    process = start_python("-c", code, "-u", ROOT / "companions" / "a3c_processes.py",
+                           "--num-process", 2, "--out", "out", cwd=tmp_path)
     try:
         assert "  episode 1  steps " in process.stdout.readline()
         for _ in range(3):
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal.SIGINT)
             time.sleep(.02)
         printed, error = process.communicate(timeout=60)
         assert (process.returncode, error) == (130, "")

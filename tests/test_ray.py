@@ -15,6 +15,7 @@ import common
 import a3c_cartpole as a3c
 
 import a3c_ray
+import keras
 import numpy as np
 import pytest
 
@@ -123,8 +124,12 @@ def test_only_learning_needs_ray(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(a3c_ray, "ray", None)       # as if not installed
     assert "pip install 'ray" in refused(capsys, "--out", str(tmp_path))
     a3c.ParameterServer().model.save_weights(tmp_path / "A3C.weights.h5")
-    assert a3c_ray.main(["--play", str(tmp_path / "A3C.weights.h5"), "--test-episodes", "0",
-                         "--no-render", "--out", str(tmp_path)]) == 0
+    play = ["--no-render", "--out", str(tmp_path), "--play"]
+    assert a3c_ray.main([*play, str(tmp_path / "A3C.weights.h5"), "--test-episodes", "1"]) == 0
+    assert capsys.readouterr().out.startswith("test  episode 1  steps ")
+    keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save_weights(
+        tmp_path / "other.weights.h5")
+    assert "does not hold the weights" in refused(capsys, *play, str(tmp_path / "other.weights.h5"))
 
 
 # -- runs with Ray
@@ -233,7 +238,7 @@ def test_a_lost_server_ends_the_run_and_the_weights_seen_last_are_kept(
     with pytest.raises(SystemExit) as end:
         a3c_ray.main([*options, "--workers", "1"])
     # Python prints this, and ends with status 1.
-    assert end.value.code.startswith("error: the server is lost, and with it the run: ")
+    assert end.value.code.startswith("error: the server is lost, so the run ends: ")
     out, err = capfd.readouterr()
     assert "\n" not in end.value.code and err == ""
     assert "\nnot learned in " in out and " is lost" not in out

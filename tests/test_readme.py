@@ -20,7 +20,7 @@ def test_files_that_commands_and_links_name_are_there(readme):
     text = read(readme)
     linked = [(ROOT / readme).parent / path for path in re.findall(r"\]\(([\w./]+)", text)
               if not path.startswith("http")]
-    command = r"(?:-r|python|%run|uv run) (\S+\.(?:txt|py))"
+    command = r"(?:-r|python|%run|uv run) ([\w./]+\.(?:txt|py))"
     named = [ROOT / path for path in re.findall(command, text)
              if "NAME" not in path]
     assert linked and named
