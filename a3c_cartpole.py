@@ -10,8 +10,8 @@ A3C is Asynchronous Advantage Actor-Critic:
 - Advantage (see loss_total): R - V(s), how much better an action turned out than the critic
   expected. R (see Agent.advantage_push_local_brain) is the n-step return: the next n rewards, and
   what the critic expects after them. If the advantage is above 0, the actor makes this action more
-  probable, if below 0, less probable. (The article's section 「Advantage」 explains only R. It is a
-  sample of Q(s, a), so R - V(s) is one of Q - V, the advantage of the Dueling network.)
+  probable, if below 0, less probable. (The article's section 「Advantage」 explains only R. R is a
+  sample of Q(s, a), so R - V(s) is a sample of Q - V, the Dueling network's advantage.)
 - Asynchronous (see ParameterServer): eight threads each play a CartPole of their own and improve
   one shared network. No thread waits until another has played its steps.
 
@@ -208,7 +208,7 @@ class Environment:
         """Return the article's reward for a step. (gym's is 1 for every step.)
 
         It is 0 until the episode ends. So V(s) should lie between -1 and 1, and near -1 shortly
-        before a fall. (The time limit counts as an end, too. Strictly, V(s') should follow.)
+        before a fall. (The time limit counts as an end, too. Strictly, R should have V(s') there.)
         """
         if not done:
             return 0
@@ -271,22 +271,24 @@ class Agent:
         (Where the article prints γ·r(t), read γ·r(t+1).) During an episode all rewards are 0, so R
         is γ^n·V(s'). At its end (終端, s_ is None) nothing follows. After a fall R is -1 for the
         last step, and -γ, -γ^2, … for the n - 1 steps before it; if the episode reaches step 199,
-        the same with +1. In both cases R is exact. So V(s) becomes right near the end first, and
-        each update carries this up to n steps back.
+        the same with +1. In both cases R contains no guess. So V(s) becomes right near the end
+        first, and each update carries this up to n steps back.
 
         Do not mix up n and T_MAX. The update after step T_MAX = 10 has the samples of steps 1 to 6.
         Steps 7 to 10 wait for more rewards, and come into the next update.
 
         Why n = 5? With n = 1, R is little more than V(s'), which is wrong at first, and each update
         carries the effect of a fall only one step back. With n = 50, R depends on which fifty
-        actions happened to be drawn, and says little about the first of them. 5 is in between.
-        (The article's reason, that an unfinished Q chooses the later actions, is Q-learning's.)
+        actions happened to be drawn, and says little about the first of them. 5 is the
+        article's choice. (Its reason, that an unfinished Q chooses the later actions, is about
+        Q-learning.)
         """
         a_cats = np.zeros(NUM_ACTIONS)      # a as one-hot
         a_cats[a] = 1
         self.memory.append((s, a_cats, r))
         # During the episode at most one sample is ready, of the oldest step; at the end, all are.
         while len(self.memory) == N_STEP_RETURN or (s_ is None and self.memory):
+            # Each sum is made anew. (The article corrects one running sum, self.R.)
             R_n = sum(GAMMA ** k * r_k for k, (_, _, r_k) in enumerate(self.memory))
             first_s, first_a, _ = self.memory.popleft()
             self.brain.train_push(first_s, first_a, R_n, s_)    # s_: n steps after first_s, or None
@@ -300,25 +302,25 @@ class ParameterServer:
 
         thread 1                  thread 2                  the shared weights after that
         copies θ0                 copies θ0                 θ0
-        plays 7 of its 10 steps   plays its 10 steps        θ0
-        plays the other 3         hands over, copies θ1     θ1 = θ0, changed by thread 2
+        plays 4 of its 10 steps   plays its 10 steps        θ0
+        plays the other 6         hands over, copies θ1     θ1 = θ0, changed by thread 2
         hands over, copies θ2     plays                     θ2 = θ1, changed by thread 1, whose
                                                             gradients were computed at θ0
 
     Why a copy? The loss computes p again, and this must be the p with which the action was drawn
     (see loss_total). If thread 1 played with θ itself, thread 2 would change p in between. With a
-    copy, the gradients of thread 1 are right at θ0. They are only late: they change θ1.
+    copy, the gradients of thread 1 are nearly right at θ0. They are late: they change θ1.
 
-    Why does this do little harm? With eight threads about seven updates by others come in between,
-    one by each. They change p by only 0.02 on average, in the states of the batch (measured by
-    companions/pictures.py). So the gradients still point nearly the right way. (In CartPole one may
-    even do without the copy, as companions/a3c_two_networks.py does.)
+    Why does this do little harm? With eight threads, seven updates by others come in between on
+    average. They change p by only 0.02 on average, in the states of the batch (as measured by
+    companions/pictures.py). So the gradients should still point nearly the right way. (In CartPole
+    one may even do without the copy, as companions/a3c_two_networks.py does.)
 
     Why several threads? Successive steps of one game resemble each other, and a network that learns
     from them alone may forget the other parts of the game. DQN therefore learns from old steps,
     too, which it keeps in a replay memory. A3C cannot: their actions were drawn with quite another
     p. So updates from several games alternate. (As nothing is shuffled, one may use an LSTM, as the
-    article says. CartPole is so easy that one thread learns it, too.)
+    article says. CartPole does not need several threads: one learns it, too.)
 
     Why does none wait for the others' steps? In the paper each has a core, and so all cores are
     busy. Here it brings no speed, because Python runs the code of one thread at a time.
@@ -333,7 +335,8 @@ class ParameterServer:
         self.model = self._build_model()
         # θ: kernel and bias of the hidden layer, of p and of V. (The model's own are not used.)
         self.weights = self.model.get_weights()
-        # RMSProp's running means of squared gradients. (TensorFlow 1, too, starts at 1.)
+        # RMSProp's running means of squared gradients. They start at 1, as in TensorFlow 1, so that
+        # the first updates are small.
         self.mean_squares = [np.ones_like(w) for w in self.weights]
         self.compiled_gradients = compile_gradients(self.model)     # loss_gradients, compiled
 
@@ -367,7 +370,7 @@ class ParameterServer:
         with self.lock:
             if self.stop.is_set():
                 return      # learning is over: only the thread that has learned may set θ now
-            # New lists, as the old ones may be a thread's θ'. The minus makes the loss smaller.
+            # New lists, as the old weights may be a thread's θ'. The minus makes the loss smaller.
             self.mean_squares = [RMSPROP_DECAY * m + (1 - RMSPROP_DECAY) * g ** 2
                                  for m, g in zip(self.mean_squares, gradients)]
             self.weights = [w - self.learning_rate * g / np.sqrt(m + 1e-10)
@@ -484,20 +487,19 @@ def loss_total(p, v, a, R):
     # Why not R itself? Suppose both actions have p = 0.5, and R is -0.5 after the better one and
     # -0.9 after the worse one. With R in place of the advantage, each draw would make its action
     # less probable; only over many draws would the worse one lose more. That is right on average,
-    # but noisy. With V(s) = -0.7 the advantages are 0.2 and -0.2, so each draw helps. (On average
-    # V(s) changes nothing, because the two p always sum to 1.)
+    # but noisy. With V(s) = -0.7 the advantages are 0.2 and -0.2, so each draw helps.
     advantage = R - v
 
     # The actor. By the policy gradient theorem (方策勾配定理), log p(a|s)·advantage should grow.
     # With the advantage -0.37, the loss is 0.37·log p. It is smaller if p is smaller, so the action
     # becomes less probable. (If the critic had expected the fall, V(s) = -0.97, p would stay.)
     #
-    # Why the logarithm? The average advantage, Σ p·advantage, should grow. Its slope contains the
-    # slope of each p once. But an action with p = 0.1 is drawn only once in ten times, so each draw
-    # must weigh ten times as much. The logarithm does this: the slope of log p is 1/p times that of
-    # p. This must be the p of the draw. If p was 0.1 then, but is 0.9 now, the weight is only 1.1.
-    # (Here it is nearly so: the samples that waited, such as steps 7 to 10, were drawn with the θ'
-    # before, and ε's random actions are treated as if drawn with p.)
+    # Why the logarithm? The average advantage, Σ p·advantage, should grow. In its slope each action
+    # counts once. But an action with p = 0.1 is drawn only once in ten times, so each of its draws
+    # must weigh 1/p = 10 times as much. The logarithm does this: the slope of log p is 1/p times
+    # that of p. This must be the p of the draw. If p was 0.1 then, but is 0.9 now, the weight is
+    # only 1/0.9 = 1.1. (Here it is nearly so: the samples that waited, such as steps 7 to 10, were
+    # drawn with the θ' before, and ε's random actions are treated as if drawn with p.)
     log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)    # p(a|s); 1e-10: never log 0
     # Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this loss
     # would train V(s), too. As -log p is positive, a larger V(s) would make the loss smaller, and
@@ -717,7 +719,7 @@ def test(parameter_server, args):
     """Play test episodes. This runs in the main thread, as macOS opens windows in no other."""
     env = gym.make(args.env, render_mode="rgb_array")
     with contextlib.closing(film(env, "A3C", args)) as env:
-        environment = Environment("test_thread", "test", parameter_server, args.env, env)
+        environment = Environment("test_thread", "test", parameter_server, env=env)
         play_test(environment.run, args.test_episodes)
 
 
