@@ -10,8 +10,8 @@ A3C is Asynchronous Advantage Actor-Critic:
 - Advantage (see loss_total): R - V(s), how much better an action turned out than the critic
   expected. R (see Agent.advantage_push_local_brain) is the n-step return: the next n rewards, and
   what the critic expects after them. If the advantage is above 0, the actor makes this action more
-  probable, if below 0, less probable. (The article's section 「Advantage」 explains only R. R is a
-  sample of Q(s, a), so R - V(s) is a sample of Q - V, the Dueling network's advantage.)
+  probable, if below 0, less probable. (The article's section 「Advantage」 explains only R, under
+  this name. On average R is Q(s, a), so R - V(s) is Q - V, as in the Dueling network.)
 - Asynchronous (see ParameterServer): eight threads each play a CartPole of their own and improve
   one shared network. No thread waits until another has played its steps.
 
@@ -268,20 +268,18 @@ class Agent:
             R_n = r(t) + γ·r(t+1) + … + γ^(n-1)·r(t+n-1)       summed here
             R   = R_n + γ^n·V(s')                              made by LocalBrain, which knows V
 
-        (Where the article prints γ·r(t), read γ·r(t+1).) During an episode all rewards are 0, so R
-        is γ^n·V(s'). At its end (終端, s_ is None) nothing follows. After a fall R is -1 for the
-        last step, and -γ, -γ^2, … for the n - 1 steps before it; if the episode reaches step 199,
-        the same with +1. In both cases R contains no guess. So V(s) becomes right near the end
-        first, and each update carries this up to n steps back.
+        During an episode all rewards are 0, so R is γ^n·V(s'). At its end (終端, s_ is None) nothing
+        follows. After a fall R is -1 for the last step, and -γ, -γ^2, … for the n - 1 steps before
+        it; if the episode reaches step 199, the same with +1. In both cases R contains no guess. So
+        V(s) becomes right near the end first, and each update carries this up to n steps back.
 
         Do not mix up n and T_MAX. The update after step T_MAX = 10 has the samples of steps 1 to 6.
         Steps 7 to 10 wait for more rewards, and come into the next update.
 
-        Why n = 5? With n = 1, R is little more than V(s'), which is wrong at first, and each update
-        carries the effect of a fall only one step back. With n = 50, R depends on which fifty
-        actions happened to be drawn, and says little about the first of them. 5 is the
-        article's choice. (Its reason, that an unfinished Q chooses the later actions, is about
-        Q-learning.)
+        Why n = 5? With n = 1, each update carries the effect of a fall only one step back, through
+        guesses V(s') that are wrong at first. With n = 50, R depends on which fifty actions
+        happened to be drawn, and says little about the first of them. 5 is the article's choice.
+        (Its reason is about the max Q of Q-learning. Here V(s) is meant for the actor as it is.)
         """
         a_cats = np.zeros(NUM_ACTIONS)      # a as one-hot
         a_cats[a] = 1
@@ -309,21 +307,21 @@ class ParameterServer:
 
     Why a copy? The loss computes p again, and this must be the p with which the action was drawn
     (see loss_total). If thread 1 played with θ itself, thread 2 would change p in between. With a
-    copy, the gradients of thread 1 are nearly right at θ0. They are late: they change θ1.
+    copy, p stays. But the gradients, computed at θ0, come late: they change θ1.
 
-    Why does this do little harm? With eight threads, seven updates by others come in between on
-    average. They change p by only 0.02 on average, in the states of the batch (as measured by
-    companions/pictures.py). So the gradients should still point nearly the right way. (In CartPole
-    one may even do without the copy, as companions/a3c_two_networks.py does.)
+    Why is that nearly harmless? With eight threads, seven updates by others come in between on
+    average. Together they change p by only 0.02 on average, in the states of the batch (as measured
+    by companions/pictures.py). So the gradients should still point nearly the right way.
 
     Why several threads? Successive steps of one game resemble each other, and a network that learns
     from them alone may forget the other parts of the game. DQN therefore learns from old steps,
     too, which it keeps in a replay memory. A3C cannot: their actions were drawn with quite another
-    p. So updates from several games alternate. (As nothing is shuffled, one may use an LSTM, as the
-    article says. CartPole does not need several threads: one learns it, too.)
+    p. So games that are at different points take turns to change θ. (As nothing is shuffled, one
+    may use an LSTM, as the article says.)
 
     Why does none wait for the others' steps? In the paper each has a core, and so all cores are
-    busy. Here it brings no speed, because Python runs the code of one thread at a time.
+    busy. CartPole needs neither copy nor threads, and Python runs the code of one thread at a time,
+    so here they bring no speed: they only show the method.
     """
 
     def __init__(self, seed=None, max_episodes=MAX_EPISODES, learning_rate=LEARNING_RATE):
@@ -333,7 +331,7 @@ class ParameterServer:
         if seed is not None:
             keras.utils.set_random_seed(seed)       # for the first weights
         self.model = self._build_model()
-        # θ: kernel and bias of the hidden layer, of p and of V. (The model's own are not used.)
+        # θ: kernel and bias of the hidden layer, of p and of V. (The model's own never learn.)
         self.weights = self.model.get_weights()
         # RMSProp's running means of squared gradients. They start at 1, as in TensorFlow 1, so that
         # the first updates are small.
@@ -450,9 +448,8 @@ class LocalBrain:
         s, a, R_n, s_, s_mask = [np.array(column, np.float32) for column in zip(*self.train_queue)]
         self.train_queue = []
 
-        # R = R_n + γ^n·V(s') with θ'. After the end s_mask is 0. (Only such samples have fewer than
-        # n rewards, so γ^n is right for all others. The article says that R(t) is V(t). Rather,
-        # R(t) is the value towards which V(s) is moved.)
+        # R = R_n + γ^n·V(s') with θ'. After the end s_mask is 0. (Each sample with s_mask 1 has n
+        # rewards, so γ^n is right.)
         _, v_ = self.predict(s_)
         R = R_n + GAMMA_N * v_ * s_mask
 
@@ -494,19 +491,21 @@ def loss_total(p, v, a, R):
     # With the advantage -0.37, the loss is 0.37·log p. It is smaller if p is smaller, so the action
     # becomes less probable. (If the critic had expected the fall, V(s) = -0.97, p would stay.)
     #
-    # Why the logarithm? The average advantage, Σ p·advantage, should grow. In its slope each action
-    # counts once. But an action with p = 0.1 is drawn only once in ten times, so each of its draws
-    # must weigh 1/p = 10 times as much. The logarithm does this: the slope of log p is 1/p times
-    # that of p. This must be the p of the draw. If p was 0.1 then, but is 0.9 now, the weight is
-    # only 1/0.9 = 1.1. (Here it is nearly so: the samples that waited, such as steps 7 to 10, were
-    # drawn with the θ' before, and ε's random actions are treated as if drawn with p.)
+    # Why the logarithm? The average advantage, Σ p·advantage, should grow. Its gradient is
+    # Σ advantage·(gradient of p): each action has the weight 1. But an action with p = 0.1 is drawn
+    # only once in ten times, so each draw must have the weight 1/p = 10. The logarithm does this:
+    # the gradient of log p is 1/p times that of p. This must be the p of the draw. If p was 0.1
+    # then, but is 0.9 now, the weight is only 1/0.9 = 1.1. (Here it is nearly so: the samples that
+    # waited, such as steps 7 to 10, were drawn with the θ' before, and ε's random actions are
+    # treated as if drawn with p.)
     log_prob = tf.math.log(tf.reduce_sum(p * a, axis=1) + 1e-10)    # p(a|s); 1e-10: never log 0
     # Why stop_gradient? The advantage must be a constant here (定数として扱う). Otherwise this loss
     # would train V(s), too. As -log p is positive, a larger V(s) would make the loss smaller, and
     # V(s) would rise above R.
     loss_policy = -log_prob * tf.stop_gradient(advantage)
 
-    # The critic: move V(s) towards R. (R was computed outside the tape, so V(s') is not moved.)
+    # The critic: move V(s) towards R. (R was computed outside the tape, so V(s') is not moved. In
+    # the article, R(t) is this aim and not V(t), and γ·r(t) is γ·r(t+1).)
     loss_value = LOSS_V * tf.square(advantage)
 
     # The entropy -Σ p·log p is large if both actions are about equally probable. Its negative, as a

@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import sys
-import time
 
 import a3c_cartpole as a3c
 
@@ -131,20 +130,6 @@ def test_ctrl_c_while_results_are_saved_changes_nothing(tmp_path, monkeypatch):
     except KeyboardInterrupt:
         pytest.fail("it was interrupted")
     assert handlers() == before
-
-
-def test_ctrl_c_pressed_three_times_keeps_what_was_reached(tmp_path):
-    process = start_python(PROGRAM, "--env", "CartPole-v1", "--out", "kept", cwd=tmp_path)
-    for line in process.stdout:
-        if line.startswith("local_thread1  episode 3"):
-            break
-    for _ in range(3):
-        process.send_signal(signal.SIGINT)
-        time.sleep(.02)
-    out, err = process.communicate(timeout=60)
-    assert err == "" and "not learned in " in out
-    assert process.returncode in (130, -signal.SIGINT)  # a shell says 130 of both
-    assert {path.name for path in (tmp_path / "kept").iterdir()} == {UNFINISHED, "history.csv"}
 
 
 NOTEBOOK = [

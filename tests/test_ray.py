@@ -222,8 +222,8 @@ def test_a_busy_cluster_is_waited_for_with_a_line(cluster, options, monkeypatch,
         assert [row["worker"] for row in csv.DictReader(file)] == ["worker_1"]
 
 
-# The next two tests define classes in a function, because Ray sends such a class as it is to the
-# other processes.
+# The next test defines a class in a function, because Ray sends such a class as it is to the other
+# processes.
 
 @needs_ray
 def test_a_lost_server_ends_the_run_and_the_weights_seen_last_are_kept(
@@ -243,21 +243,6 @@ def test_a_lost_server_ends_the_run_and_the_weights_seen_last_are_kept(
     assert "\n" not in end.value.code and err == ""
     assert "\nnot learned in " in out and " is lost" not in out
     assert (weights_in(tmp_path)[0] != a3c.ParameterServer(seed=5).weights[0]).any()
-
-
-@needs_ray
-def test_if_all_workers_are_lost_the_run_ends_and_the_weights_are_kept(
-        options, monkeypatch, capfd, tmp_path):
-    class Worker(a3c_ray.Worker):
-        def run(self, *_):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(a3c_ray, "Worker", Worker)
-    assert a3c_ray.main([*options, "--workers", "2"]) == 1
-    out, err = capfd.readouterr()
-    assert out.count("worker_1 is lost: ") == out.count("worker_2 is lost: ") == 1
-    assert err == "error: all workers are lost\n"
-    np.testing.assert_array_equal(weights_in(tmp_path)[0], a3c.ParameterServer(seed=5).weights[0])
 
 
 @needs_ray
