@@ -268,10 +268,11 @@ class Agent:
             R_n = r(t) + γ·r(t+1) + … + γ^(n-1)·r(t+n-1)       summed here
             R   = R_n + γ^n·V(s')                              made by LocalBrain, which knows V
 
-        During an episode all rewards are 0, so R is γ^n·V(s'). At its end (終端, s_ is None) nothing
-        follows. After a fall R is -1 for the last step, and -γ, -γ^2, … for the n - 1 steps before
-        it; if the episode reaches step 199, the same with +1. In both cases R contains no guess. So
-        V(s) becomes right near the end first, and each update carries this up to n steps back.
+        During an episode all rewards are 0, so R is γ^n·V(s'). At its end (終端, s_ is None) no
+        state follows. After a fall R is -1 for the last step, and -γ, -γ^2, … for the n - 1 steps
+        before it; if the episode reaches step 199, the same with +1. In both cases R contains no
+        guess. So V(s) becomes right near the end first, and each update carries this up to n steps
+        back.
 
         Do not mix up n and T_MAX. The update after step T_MAX = 10 has the samples of steps 1 to 6.
         Steps 7 to 10 wait for more rewards, and come into the next update.
