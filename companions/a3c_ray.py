@@ -103,7 +103,7 @@ def learn(run, names, args, learning_rate):
     if run.is_learned:
         winner = run.history[-1].worker         # (after its episode the server records no other)
         try:
-            run.best_weights = ray.get(references[winner], timeout=10)
+            run.best_ten = [ray.get(references[winner], timeout=10)]
         except lost_errors():
             common.say("the winner is lost: the mean of the last ten θ that came here is saved")
     elif not is_over:

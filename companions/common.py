@@ -11,7 +11,6 @@ import collections
 import contextlib
 import csv
 import functools
-import itertools
 import sys
 import time
 from pathlib import Path
@@ -73,7 +72,7 @@ class Run:
         self.history = []                   # an Episode for each one that was played to its end
         self.is_learned = False
         self.best_mean = 0
-        self.best_weights = model.get_weights()
+        self.best_ten = [model.get_weights()]       # the weights after the ten best episodes
         # Of each worker: the steps of all its episodes, and the weights of the last ten.
         self.all_steps = {name: [] for name in workers}
         self.last_weights = {name: collections.deque(maxlen=10) for name in workers}
@@ -101,7 +100,7 @@ class Run:
         mean = sum(self.all_steps[worker][-10:]) / 10   # before the tenth, missing ones count as 0
         if mean >= self.best_mean:
             self.best_mean = mean
-            self.best_weights = [np.mean(w, axis=0) for w in zip(*self.last_weights[worker])]
+            self.best_ten = list(self.last_weights[worker])
 
         e = Episode(worker, len(self.all_steps[worker]), steps, mean, self.steps)
         self.history.append(e)
@@ -122,7 +121,7 @@ class Run:
     def save(self, seconds):
         """Save the weights and the history, say how it went, and draw the learning curve."""
         out = self.args.out
-        self.model.set_weights(self.best_weights)
+        self.model.set_weights([np.mean(arrays, axis=0) for arrays in zip(*self.best_ten)])
         ending = ".weights.h5" if self.is_learned else ".unfinished.weights.h5"
         self.model.save_weights(out / (self.model.name + ending))
         with open(out / "history.csv", "w", newline="") as file:
@@ -193,22 +192,24 @@ def numpy_forward(model):
     The model is a chain of Dense, Normalization and Dropout layers. If it has several outputs, they
     are its last Dense layers.
     """
-    steps = []      # of each layer: what it does, and its number of weights
+    steps = []      # of each layer: what it does, and which of the weights are its own
+    n = 0           # weights of the layers so far
     for layer in model.layers:
+        own = slice(n, n + len(layer.weights))
+        n = own.stop
         if isinstance(layer, keras.layers.Dense) and layer.activation in ACTIVATIONS:
             function = functools.partial(dense, ACTIVATIONS[layer.activation])
-            steps.append((function, len(layer.weights)))
+            steps.append((function, own))
         elif isinstance(layer, keras.layers.Normalization):
-            steps.append((normalize, 3))
+            steps.append((normalize, own))
         elif not isinstance(layer, (keras.layers.Dropout, keras.layers.InputLayer)):
             raise TypeError(f"numpy_forward cannot compute {layer.name}, a {type(layer).__name__}")
     n_hidden = len(steps) - len(model.outputs)
 
     def forward(weights, x):
         outputs = []
-        weights = iter(weights)
-        for i, (function, n_weights) in enumerate(steps):
-            y = function(x, *itertools.islice(weights, n_weights))
+        for i, (function, own) in enumerate(steps):
+            y = function(x, *weights[own])
             if i < n_hidden:
                 x = y
             else:

@@ -127,7 +127,7 @@ def test_lines_and_columns_of_the_programs_are_understood(tmp_path, capsys):
     env = gym.make("CartPole-v1", render_mode="rgb_array")
     run = common.Run(a3c.ParameterServer().model, env, "title", args)
     with run:
-        run.finish_episode("agent", 20, run.best_weights)
+        run.finish_episode("agent", 20, run.model.get_weights())
     run.test(lambda weights, s: 0)
     lines = capsys.readouterr().out.splitlines()
     summary, = filter(None, map(compare.SUMMARY.match, lines))
