@@ -174,7 +174,7 @@ def test_three_signals_in_a_row_end_the_program_and_keep_what_was_reached(tmp_pa
             break
     for number in signal.SIGTERM, signal.SIGINT, signal.SIGINT:
         process.send_signal(number)
-        time.sleep(.02)
+        time.sleep(.005)  # all of them while threads end and results are saved
     out, err = process.communicate(timeout=60)
     assert err == "" and process.returncode in (130, -signal.SIGINT)  # a shell says 130 of both
     (line,) = [line for line in out.splitlines() if line.startswith("not learned in ")]
