@@ -8,7 +8,7 @@ brought than the critic expected. Every ten steps and at the end of an episode, 
 networks with its new steps. Asynchronous: a thread does not wait until others have played, only
 until another has trained.
 
-    python companions/a3c_two_networks.py   # learns in about 300 episodes, within seconds; its
+    python companions/a3c_two_networks.py   # learns in 250 to 400 episodes, mostly; its
                                             # films are then in movie/a3c_two_networks
 
 This is the program of a post by xiaochus, 「Keras深度强化学习--A3C实现」, for today's libraries.
