@@ -563,13 +563,18 @@ def parse_options(parser, argv):
     args = parser.parse_args(argv)
     if args.play and not (args.play.is_file() and args.play.name.endswith(".weights.h5")):
         parser.error(f"argument --play: {args.play} is not a file whose name ends in .weights.h5")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        parser.error(f"cannot write to the folder {args.out}: {error}")
+    make_folder(parser, args.out)
     gym.logger.min_level = gym.logger.ERROR
     return args
+
+
+def make_folder(parser, folder):
+    """Make a folder for files. End the program with exit status 2 if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        parser.error(f"cannot write to the folder {folder}: {error}")
 
 
 def whole_number(text, least=0):

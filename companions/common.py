@@ -20,6 +20,7 @@ from a3c_cartpole import (  # noqa: F401
     Episode,
     film,
     load_weights,
+    make_folder,
     make_parser,
     one_core,
     parse_options,

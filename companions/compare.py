@@ -240,10 +240,7 @@ def read_options(argv):
     if set(args.names) & set(PEERS) and importlib.util.find_spec("stable_baselines3") is None:
         parser.error("Stable-Baselines3 is not installed. Install it by: python -m pip install"
                      " stable-baselines3")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: cannot write there: {error}")
+    common.make_folder(parser, args.out)
     return args
 
 

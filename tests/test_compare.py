@@ -113,7 +113,8 @@ def test_best_means_count_each_worker_from_its_tenth_episode():
 
 @pytest.mark.parametrize("options, why", [
     (["--only", "sarsa"], "sarsa"), (["--runs", "0"], "'0' is not a whole number from 1"),
-    (["--peers"], "pip install stable-baselines3"), (["--out", __file__], "cannot write there")])
+    (["--peers"], "pip install stable-baselines3"),
+    (["--out", __file__], f"cannot write to the folder {__file__}")])
 def test_bad_option_says_why_and_ends_with_status_2(options, why, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)     # as if not installed
     with pytest.raises(SystemExit) as end:
